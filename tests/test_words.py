@@ -1,0 +1,133 @@
+"""Words: `tokenize` is the COCO evaluation's tokenizer without Java, `detokenize` its readable inverse."""
+import csv
+import importlib.util
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import storyteller_utils as st
+
+FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
+needs_java = pytest.mark.skipif(not shutil.which("java") or not importlib.util.find_spec("pycocoevalcap"),
+                                reason="COCO's tokenizer needs java and pycocoevalcap")
+needs_photos = pytest.mark.skipif(not FLICKR8K.exists(), reason=f"no real captions at {FLICKR8K}")
+
+# What pycocoevalcap's PTBTokenizer (Stanford CoreNLP 3.4.1) answers, written down so that no Java is needed.
+COCO = {
+    "A man's dog doesn't run.": "a man 's dog does n't run",
+    "I can't, cannot, wouldn't've; they're gonna, she'll": "i ca n't can not would n't 've they 're gon na she 'll",
+    "gimme a lemon, lemme, wanna, gotta, gonna-be wannabe": "gim me a lemon lem me wan na got ta gonna-be wannabe",
+    "The boys' dogs play: the players' ball!": "the boys dogs play the players ball",
+    'He said "hello" and \'hi\'?': "he said hello and hi",
+    "3,000 or 4.5 or .5 or 1/2 or 10-20 or -5 at 10:30": "3,000 or 4.5 or .5 or 1/2 or 10-20 or -5 at 10:30",
+    "a well-known tug-of-war in a t-shirt - yes -- no": "a well-known tug-of-war in a t-shirt yes no",
+    "$5 and 50% and #7 and # 7 & R&B and w/ and/or": "$ 5 and 50 % and # 7 and # 7 & r&b and w / and/or",
+    "(a man) [a dog] {x}": "-lrb- a man -rrb- -lsb- a dog -rsb- -lcb- x -rcb-",
+    "Mr. Smith of the U.S. at 5 p.m. in Washington D.C.": "mr. smith of the u.s. at 5 p.m. in washington d.c.",
+    "rock 'n' roll at five o'clock, ma'am, y'all, 'em": "rock 'n' roll at five o'clock ma'am y' all 'em",
+    "O'Brien at McDonald's in the '80s": "o'brien at mcdonald 's in the '80s",
+    "Hello... wait!! what?! foo.com ends.Then": "hello wait !! what ?! foo.com ends.then",
+    "a_b * c = d + e ~ f@g.com @you #tag 5'10\"": "a_b * c = d + e ~ f@g.com @you #tag 5 10",
+    "don 't a man ' s": "don t a man s",
+    "it’s a “nice” day — isn’t it… yes–no": "it 's a nice day is n't it yes no",
+    "ice-cream café, naïve Straße": "ice-cream café naïve straße",
+    "русский 日本語 हिन्दी עברית": "русский 日本語 हिन्दी עברית",
+    "": "", " \t . , ' \" `` '' - -- ...": "",
+}
+PIECES = ("a b i dog man's don't cannot gonna 's n't 'll ' \" . , ! ? ?! : ; - -- / & # $ % ( ) [ } 5 12 3,000 .5 é 日本 "
+          "हिन्दी 😀 y' o' 'n' '80s mr. u.s. st. foo.com x@y.z -lrb- _ * ’ “ — … ½ ß İ ς ﬁ").split() + [" "] * 12
+
+
+def captions() -> list[str]:
+    with open(FLICKR8K / "captions.txt", encoding="utf-8", newline="") as file:
+        return [row["caption"] for row in csv.DictReader(file)]
+
+
+def coco(texts: list[str], monkeypatch) -> list[list[str]]:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    answer = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
+    return [answer[i][0].split() for i in range(len(texts))]
+
+
+def as_typed(caption: str) -> str:
+    """The same caption as people type it: Flickr's are already cut at punctuation and clitics."""
+    caption = re.sub(r" (?=[.,!?;:)]|'s\b|n't\b|'re\b|'ll\b)", "", caption)
+    return re.sub(r'([(#]) |" ([^"]*) "', lambda hit: hit[1] or f'"{hit[2]}"', caption)
+
+
+@pytest.mark.parametrize("text", COCO)
+def test_a_caption_is_cut_as_cocos_tokenizer_cuts_it(text):
+    assert st.tokenize(text) == COCO[text].split()
+
+
+@needs_java
+def test_the_answers_written_down_are_those_of_cocos_tokenizer(monkeypatch):
+    texts = [text for text in COCO if text.strip(" \t.,'\"`-")]
+    assert coco(texts, monkeypatch) == [COCO[text].split() for text in texts]
+
+
+def test_typographic_signs_are_the_same_words_as_typed_ones():
+    assert st.tokenize("‘don’t’ ´it´s` a‑b “x”") == st.tokenize("'don't' 'it's' a-b \"x\"")
+    assert st.tokenize("½ cup, co\xadop\u200b") == ["1/2", "cup", "coop"]
+
+
+def test_emoji_survive_as_words_of_their_own():
+    # COCO's tokenizer of 2014 deletes them; a caption that is only an emoji would be empty.
+    assert st.tokenize("dog😀 ❤️ 👍🏽!") == ["dog", "😀", "❤", "👍🏽"]
+
+
+def test_sentences_read_as_people_write_them():
+    assert st.detokenize("a man 's dog does n't run".split()) == "A man's dog doesn't run."
+    assert st.detokenize("the boy -lrb- he can not swim -rrb- is gon na jump !!".split()) == \
+        "The boy (he cannot swim) is gonna jump!!"
+    assert st.detokenize("mr. smith drinks 3,000 t-shirt o'clock".split()) == "Mr. smith drinks 3,000 t-shirt o'clock."
+    assert st.detokenize(["the", "letter", "p"]) == "The letter p ."  # "p." would be an initial
+    assert st.detokenize([]) == ""
+
+
+@settings(max_examples=400, deadline=None)
+@given(some.lists(some.sampled_from(PIECES), max_size=8).map("".join))
+def test_a_sentence_is_read_back_as_the_words_it_was_made_of(text):
+    words = st.tokenize(text)
+    assert [st.tokenize(word) for word in words] == [[word] for word in words]
+    assert st.tokenize(st.detokenize(words)) == words
+    assert st.tokenize(" ".join(words)) == words
+
+
+@needs_photos
+def test_real_captions_are_read_back_as_their_words():
+    rng, texts = random.Random(0), captions()
+    vocabulary = sorted({word for text in texts for word in st.tokenize(text)})
+    drawn = [rng.choices(vocabulary, k=rng.randint(0, 14)) for _ in range(2000)]
+    for words in drawn + [st.tokenize(text) for text in rng.sample(texts, 3000)]:
+        assert st.tokenize(st.detokenize(words)) == words
+
+
+@needs_java
+@needs_photos
+@pytest.mark.parametrize("form, step", [(str, 1), (as_typed, 4), (str.upper, 4),
+                                        (lambda text: st.detokenize(st.tokenize(text)), 4)],
+                         ids=["as stored", "as typed", "in capitals", "as we would tell it"])
+def test_real_captions_have_the_tokens_of_cocos_tokenizer(form, step, monkeypatch):
+    texts = [form(text) for text in captions()[::step]]
+    same = [ours == theirs for ours, theirs in zip(map(st.tokenize, texts), coco(texts, monkeypatch))]
+    assert np.mean(same) > 0.9997
+
+
+@needs_java
+@needs_photos
+def test_what_is_left_of_the_difference_does_not_move_bleu_and_cider(monkeypatch):
+    texts = [as_typed(text) for text in captions()[:10_000]]
+    scores = []
+    for tokens in (coco(texts, monkeypatch), [*map(st.tokenize, texts)]):
+        groups = [tokens[i:i + 5] for i in range(0, len(tokens), 5)]
+        people, others = [group[0] for group in groups], [group[1:] for group in groups]
+        scores.append([*st.bleu(st.bleu_statistics(people, others)), st.CiderD(others).score(people).mean()])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4)
