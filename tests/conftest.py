@@ -8,9 +8,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402
+
+hypothesis.settings.register_profile("suite", database=None, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 def _local(address) -> bool:
     return not isinstance(address, tuple) or str(address[0]) in ("", "localhost", "127.0.0.1", "::1", "0.0.0.0")

@@ -1,0 +1,89 @@
+"""The decoder and its loss, against plain formulas."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import storyteller_utils as st
+
+
+def captioner(vocabulary=50, width=12, **sizes):
+    torch.manual_seed(3)
+    sizes = {"embedding": 8, "hidden": 16, "dropout": 0.0} | sizes
+    moments = torch.randn(width), torch.rand(width) + 0.5
+    return st.Captioner("lstm", width, vocabulary, moments, **sizes).eval()
+
+
+def captions(vocabulary=50, batch=6, longest=9):
+    generator = torch.Generator().manual_seed(5)
+    words = torch.randint(4, vocabulary, (batch, longest + 2), generator=generator)
+    words[:, 0] = st.START
+    for row, length in enumerate(torch.randint(1, longest, (batch,), generator=generator).tolist()):
+        words[row, length + 1] = st.END
+        words[row, length + 2:] = st.PAD
+    return torch.randn(batch, 1, 12, generator=generator), words
+
+
+def test_stepping_word_by_word_gives_the_logits_of_reading_the_whole_caption():
+    model, (features, words) = captioner(), captions()
+    whole = model.decoder.output(model.decoder.read(model.standardise(features), words))
+    state = model.start(features)
+    for place in range(words.shape[1]):
+        logits, state = model.step(words[:, place], state)
+        torch.testing.assert_close(logits, whole[:, place], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_over_real_words_only(smoothing):
+    model, (features, words) = captioner(), captions()
+    loss, likelihood = model(features, words, smoothing)
+    logits = model.decoder.output(model.decoder.read(model.standardise(features), words[:, :-1])).flatten(0, 1)
+    plain = {"target": words[:, 1:].flatten(), "ignore_index": st.PAD, "reduction": "sum"}
+    torch.testing.assert_close(likelihood, F.cross_entropy(logits, **plain))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, label_smoothing=smoothing, **plain))
+
+
+def test_padding_changes_neither_the_loss_nor_the_gradient():
+    model, (features, words) = captioner(), captions()
+    longer = F.pad(words, (0, 7), value=st.PAD)
+    gradients = []
+    for padded in (words, longer):
+        loss, _ = model(features, padded)
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for short, long in zip(*gradients, strict=True):
+        torch.testing.assert_close(short, long)
+
+
+def test_features_are_standardised_by_the_training_photos():
+    model = captioner()
+    features = torch.randn(4, 1, 12) * model.deviation * 3 + model.mean
+    torch.testing.assert_close(model.standardise(features) * model.deviation + model.mean, features)
+    raw = model.decoder.start(features)["hidden"]
+    assert not torch.allclose(model.start(features)["hidden"], raw)
+
+
+def test_the_photo_becomes_the_first_hidden_state_and_the_cell_starts_at_zero():
+    model, (features, _) = captioner(), captions()
+    state = model.start(features)
+    encoder = model.decoder.encoder
+    torch.testing.assert_close(state["hidden"], model.standardise(features)[:, 0] @ encoder.weight.T + encoder.bias)
+    assert not state["cell"].any()
+
+
+def test_a_pooled_decoder_reads_a_grid_by_averaging_it():
+    model = captioner()
+    grid = torch.randn(3, 49, 12)
+    torch.testing.assert_close(model.start(grid)["hidden"], model.start(grid.mean(1, keepdim=True))["hidden"])
+
+
+def test_the_original_has_eight_and_a_half_million_parameters():
+    recipe = st.RECIPES["original"]
+    model = st.Captioner(recipe["decoder"], 2048, 7689, (torch.zeros(2048), torch.ones(2048)), **recipe["sizes"])
+    by_hand = (2048 + 1) * 512 + 7689 * 256 + 4 * 512 * (256 + 512 + 2) + (512 + 1) * 7689
+    assert sum(p.numel() for p in model.parameters()) == by_hand == 8_538_889
+
+
+def test_dropout_is_off_when_captions_are_told():
+    model, (features, words) = captioner(dropout=0.5), captions()
+    assert torch.equal(model(features, words)[0], model(features, words)[0])
+    model.train()
+    assert not torch.equal(model(features, words)[0], model(features, words)[0])

@@ -1,0 +1,297 @@
+"""Training, its checkpoints, its processes; on a few drawn scenes with made-up features, in seconds."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import storyteller_utils as st
+
+SMALL = {"epochs": 3, "batch_size": 32, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder in which 01 and 02 are finished: 60 drawn scenes, whose features are their words, blurred."""
+    folder = tmp_path_factory.mktemp("project")
+    before = Path.cwd()
+    os.chdir(folder)
+    st.draw_sample_dataset(Path("drawn"), images=60, size=(64, 48))
+    run = st.start("02_vocab", dataset_dir="drawn", min_count=2)
+    captions = st.read_captions(run.dataset)
+    split_of = st.split_photos(list(run.dataset.photos), 13)
+    st.write_csv(run.out / "captions.csv", ["image", "split", "caption"], [(n, split_of[n], c) for n, c in captions.rows])
+    words = {name: [st.tokenize(c) for n, c in captions.rows if n == name] for name in run.dataset.photos}
+    vocab = st.Vocab.build([w for n, group in words.items() if split_of[n] == "train" for w in group], 2)
+    vocab.save(run.out / "vocab.json")
+    run.finish()
+    run = st.start("01_extract_features", dataset_dir="drawn", backbone="efficientnet_lite0")
+    generator = np.random.default_rng(0)
+    bags = np.array([np.bincount([vocab.ids.get(w, 3) for g in group for w in g], minlength=len(vocab))
+                     for group in words.values()])
+    features = bags @ generator.normal(size=(len(vocab), 24)) + generator.normal(size=(60, 24))
+    np.save(run.out / "features.npy", features[:, None].astype(np.float16))
+    st.write_csv(run.out / "images.csv", ["row", "image"], enumerate(words))
+    st.write_csv(run.out / "skipped.csv", ["image", "reason"], [])
+    run.finish(backbone="efficientnet_lite0", backbone_sha256="", regions=1, width=24)
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(project, monkeypatch):
+    monkeypatch.chdir(project)
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4", ignore_errors=True)
+
+
+def begin(**settings):
+    run = st.start("03_train_dual_t4", dataset_dir="drawn", **SMALL | settings)
+    for stage in st.STAGES[run.stage]:
+        run.read(stage)
+    return run
+
+
+def trained(run):
+    trainer = st.Trainer(run.job())
+    trainer.run()
+    return trainer
+
+
+def weights(run_or_trainer):
+    return {k: v.clone() for k, v in run_or_trainer.captioner.state_dict().items()}
+
+
+def last(run):
+    return torch.load(run.out / "last.pt", weights_only=True)
+
+
+def without_clock(history):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "captions_per_second")} for line in history]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_does_not():
+    one, other, third = trained(begin()), None, None
+    first = last(begin())["model"]
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    other = trained(begin())
+    assert_same(first, last(begin())["model"])
+    assert without_clock(one.history) == without_clock(other.history)
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    third = trained(begin(seed=14))
+    assert without_clock(third.history) != without_clock(one.history)
+
+
+def test_it_learns():
+    history = trained(begin(epochs=8)).history
+    assert history[-1]["train_loss"] < history[0]["train_loss"] * 0.7
+    assert history[-1]["val_loss"] < history[0]["val_loss"] * 0.7
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [2, 11])
+def test_a_run_stopped_in_the_middle_goes_on_to_the_very_same_weights(monkeypatch, step):
+    whole = trained(begin())
+    expected, history = last(begin()), without_clock(whole.history)
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    monkeypatch.setattr(st, "CHECKPOINT_SECONDS", 0)  # a checkpoint after every step
+    learn, seen = st.Trainer.train_step, []
+
+    def stopping(self, batch, number):
+        if len(seen) == step:
+            raise Stop
+        seen.append(number)
+        learn(self, batch, number)
+
+    monkeypatch.setattr(st.Trainer, "train_step", stopping)
+    with pytest.raises(Stop):
+        trained(begin())
+    monkeypatch.setattr(st.Trainer, "train_step", learn)
+    again = trained(begin())
+    assert_same(last(begin())["model"], expected["model"])
+    assert_same(last(begin())["best"]["weights"], expected["best"]["weights"])
+    assert without_clock(again.history) == history
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
+    whole = begin(epochs=6)
+    st.train(whole)
+    expected = last(whole)["model"]
+    st.shutil.rmtree(whole.out)
+    run = begin(epochs=6)
+    st.write_json(run.out / "job.json", run.job())
+    worker = subprocess.Popen([sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (run.out / "last.pt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert not (run.out / "model").exists()
+    run = begin(epochs=6)
+    history = st.train(run)
+    assert_same(last(run)["model"], expected)
+    assert list(history["epoch"]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_runs_checkpoint_is_not_taken_up_unasked():
+    trained(begin())
+    assert len(trained(begin(epochs=2)).history) == 2
+    asked = trained(begin(epochs=4, resume_from=str(st.OUTPUTS / "03_train_dual_t4")))
+    assert [line["epoch"] for line in asked.history] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_loads_with_the_prefix_that_dataparallel_writes():
+    run = begin()
+    trained(run)
+    state = last(run)
+    state["model"] = {f"module.{k}": v for k, v in state["model"].items()}
+    torch.save(state, "parallel.pt")
+    trainer = st.Trainer(begin(resume_from="parallel.pt").job())
+    trainer.resume()
+    assert_same(weights(trainer), last(run)["model"])
+
+
+@pytest.mark.parametrize("data", [b"", b"no checkpoint", b"\x80\x04\x95\x0e\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."])
+def test_a_broken_checkpoint_is_one_artifact_error(data):
+    run = begin()
+    (run.out / "last.pt").write_bytes(data)
+    with pytest.raises(st.ArtifactError, match=r"last\.pt is not a checkpoint"):
+        trained(run)
+
+
+def test_slices_of_a_batch_give_the_gradient_of_the_whole():
+    whole, sliced = st.Trainer(begin(dropout=-1).job()), st.Trainer(begin(dropout=-1, accumulate=4).job())
+    for trainer in (whole, sliced):
+        for step, batch in enumerate(trainer.batches["train"].epoch(13, 0)):
+            trainer.train_step(batch, step)
+    for one, other in zip(weights(whole).values(), weights(sliced).values(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_two_processes_train_what_one_does():
+    alone, together = begin(dropout=-1, epochs=2, batch_size=25), None
+    st.launch("train", alone, processes=1)
+    expected, history = last(alone)["model"], without_clock(last(alone)["history"])
+    st.shutil.rmtree(alone.out)
+    together = begin(dropout=-1, epochs=2, batch_size=25)
+    st.launch("train", together, processes=2)
+    for name, tensor in last(together)["model"].items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+    for one, other in zip(without_clock(last(together)["history"]), history, strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+
+
+def test_an_epoch_has_every_caption_once_in_batches_of_alike_lengths():
+    generator = np.random.default_rng(0)
+    ids = [[st.START, *range(4, 4 + n), st.END] for n in generator.integers(3, 25, 3000)]
+    batches = st.CaptionBatches(range(3000), ids, 64)
+    epochs = [batches.epoch(13, number) for number in (0, 0, 1)]
+    for epoch in epochs:
+        assert sorted(np.concatenate(epoch)) == list(range(3000)) and len(epoch) == len(batches)
+    assert all(np.array_equal(a, b) for a, b in zip(*epochs[:2], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
+    padded = sum(batches.words(batch).numel() for batch in epochs[0])
+    assert padded < 1.05 * batches.lengths.sum()  # at random it is 1.7 times
+    for caption in (0, 17):
+        assert batches.words(np.array([caption])).tolist() == [ids[caption]]
+
+
+def test_captions_are_cut_to_the_longest_that_was_allowed():
+    trainer = st.Trainer(begin(max_caption_length=5).job())
+    assert trainer.batches["train"].lengths.max() == 5 + 2  # and <start> and <end>
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    trainer = st.Trainer(begin(epochs=50).job())
+    rates = [trainer.learning_rate(step) for step in range(50 * len(trainer.batches["train"]))]
+    peak = int(np.argmax(rates))
+    assert rates[peak] == pytest.approx(0.001) and 0 < peak < len(rates) / 10
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 2e-5
+
+
+@pytest.mark.parametrize("select_by, kept", [("cider", 2), ("loss", 3)])
+def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, select_by, kept):
+    losses, ciders = iter([3.0, 2.5, 2.0, 2.2]), iter([0.1, 0.4, 0.3, 0.2])
+    run = begin(epochs=4, select_by=select_by)
+    trainer, seen = st.Trainer(run.job()), {}
+    told = trainer.validate()[1]
+    monkeypatch.setattr(trainer, "validate", lambda: (next(losses), told))
+    monkeypatch.setattr(trainer.cider, "score", lambda _: np.array([next(ciders)]))
+    train = trainer.train_epoch
+
+    def remember():
+        train()
+        seen[trainer.at["epoch"] + 1] = weights(trainer)
+
+    monkeypatch.setattr(trainer, "train_epoch", remember)
+    trainer.run()
+    config = json.loads((run.out / "model/config.json").read_text())
+    assert config["training"]["best_epoch"] == kept
+    told = st.Storyteller.from_pretrained(run.out / "model").captioner.state_dict()
+    for name, tensor in seen[kept].items():
+        torch.testing.assert_close(told[name], tensor.half().float())
+
+
+def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(st.Trainer, "run", full)
+    with pytest.raises(st.ArtifactError, match="batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"):
+        st.train_worker(begin().job())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice():
+    trainer = st.Trainer(begin().job())
+    with torch.no_grad():
+        trainer.captioner.decoder.output.bias.fill_(float("nan"))
+    with pytest.raises(st.ArtifactError, match="learning_rate"):
+        trainer.run()
+
+
+def test_the_worker_of_a_killed_machine_says_so_and_what_to_do(monkeypatch):
+    run = begin()
+    monkeypatch.setattr(st.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="goes on where it stopped"):
+        st.train(run)
+
+
+def test_features_of_other_photos_are_refused():
+    run = begin()
+    extracted = Path(run.job()["reads"]["01_extract_features"])
+    kept = (extracted / "images.csv").read_text()
+    try:
+        (extracted / "images.csv").write_text("\n".join(kept.splitlines()[:-5]) + "\n")
+        with pytest.raises(st.ArtifactError, match="5 of 60 captioned photos.*same max_photos"):
+            st.CaptionData.load(extracted, st.OUTPUTS / "02_vocab")
+    finally:
+        (extracted / "images.csv").write_text(kept)
+
+
+def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
+    array = np.random.default_rng(0).normal(3, 2, (50, 49, 8)).astype(np.float16)
+    np.save(tmp_path / "features.npy", array)
+    held = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
+    monkeypatch.setattr(st.os, "sysconf", lambda name: 10)
+    mapped = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
+    assert isinstance(held.array, torch.Tensor) and isinstance(mapped.array, np.memmap)
+    rows = np.array([3, 3, 41])
+    assert torch.equal(held[rows], mapped[rows]) and torch.equal(held[rows], torch.from_numpy(array[rows]).float())
+    mean, deviation = mapped.moments(np.arange(50))
+    flat = array.reshape(-1, 8).astype(np.float64)
+    np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(deviation, flat.std(0), rtol=1e-4)
+    pooled = st.Features(tmp_path / "features.npy", True, torch.device("cpu"))
+    np.testing.assert_allclose(pooled[rows][:, 0], array[rows].astype(np.float32).mean(1), atol=4e-3)
