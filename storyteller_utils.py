@@ -1268,7 +1268,61 @@ class PooledLSTM(nn.Module):
         outputs, _ = self.lstm(self.dropout(self.embedding(words)), initial)
         return self.dropout(outputs)
 
-DECODERS = {"lstm": PooledLSTM}
+class AttentionLSTM(nn.Module):
+    """A decoder that looks at another part of the photo for each word: an LSTM over the grid with a gated look.
+
+    As in "Show, Attend and Tell" (Xu et al., 2015) with additive attention (Bahdanau et al., 2015); the words it tells share
+    the vectors of those it reads.
+    """
+    pooled = False
+
+    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, dropout: float = 0.0):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(features, hidden), nn.LayerNorm(hidden))
+        self.begin = nn.Linear(hidden, 2 * hidden)
+        self.key, self.query, self.worth = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.gate = nn.Linear(hidden, hidden)
+        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.lstm = nn.LSTMCell(embedding + hidden, hidden)
+        self.join = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Tanh(),
+                                  nn.Dropout(dropout))
+        self.output = nn.Linear(embedding, vocabulary)
+        nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
+        self.output.weight = self.embedding.weight
+        self.dropout = nn.Dropout(dropout)
+
+    def start(self, features: Tensor) -> dict[str, Tensor]:
+        """Encode photos (B, R, D) into the state before the first word; the grid is projected here, once."""
+        grid = self.encoder(features)
+        hidden, cell = self.begin(grid.mean(1)).tanh().chunk(2, -1)
+        return {"hidden": hidden, "cell": cell, "grid": grid, "keys": self.key(grid), "weights": grid.new_zeros(grid.shape[:2])}
+
+    def look(self, hidden: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Average the regions, weighted by how well each answers `hidden` (B, H): the context (B, H), weights (B, R)."""
+        # In float32: a T4 computes in float16, where exponents overflow.
+        weights = self.worth((state["keys"] + self.query(hidden)[:, None]).tanh())[..., 0].float().softmax(-1)
+        context = torch.bmm(weights[:, None].to(state["grid"].dtype), state["grid"])[:, 0]
+        return context * self.gate(hidden).sigmoid(), weights
+
+    def _advance(self, embedded: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        context, weights = self.look(state["hidden"], state)
+        hidden, cell = self.lstm(torch.cat([embedded, context.to(embedded.dtype)], -1), (state["hidden"], state["cell"]))
+        return torch.cat([hidden, context, embedded.to(hidden.dtype)], -1), state | {"hidden": hidden, "cell": cell, "weights": weights}
+
+    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read one word each (B,); return the logits of the next (B, V) and the new state, with where it looked."""
+        seen, state = self._advance(self.embedding(words), state)
+        return self.output(self.join(seen)), state
+
+    def read(self, features: Tensor, words: Tensor) -> Tensor:
+        """Read whole captions (B, T); return what the output layer sees at every position (B, T, embedding)."""
+        state, embedded, seen = self.start(features), self.dropout(self.embedding(words)), []
+        for place in range(words.shape[1]):
+            one, state = self._advance(embedded[:, place], state)
+            seen.append(one)
+        return self.join(torch.stack(seen, 1))
+
+DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM}
 
 class Captioner(nn.Module):
     """Features in, words out: standardisation and a decoder.
@@ -1323,6 +1377,10 @@ RECIPES = {
     "original": {"decoder": "lstm", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 15, "batch_size": 64,
                  "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
                  "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03},
+    # Needs 01 with regions=49.
+    "best": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 8, "batch_size": 64,
+             "learning_rate": 0.0007, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
+             "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05},
 }
 CHECKPOINT_SECONDS = 300
 
@@ -1624,66 +1682,64 @@ class Hypothesis:
 @torch.inference_mode()
 def beam_search(captioner, features: Tensor, beam_width: int = 5, length_preference: float = LENGTH_PREFERENCE,
                 max_length: int = MAX_WORDS) -> list[list[Hypothesis]]:
-    """Search the likeliest captions of all photos at once, `beam_width` partial captions each.
+    """Search the likeliest captions of all photos (P, R, D) at once, with K = `beam_width` partial captions each.
 
     captioner          has `start` and `step` as `Captioner` does
-    features           (P, R, D)
     length_preference  a caption scores log-probability / length**length_preference: more prefers longer captions
-    max_length         words; a photo of which no caption ended by then gets its best unfinished one
+    max_length         words; a photo of which no caption ended by then gets its best unfinished ones
 
-    At each step the best K of all continuations go on; one that ends there goes to the photo's pool of K. A photo is
+    At each step the best K of all continuations go on; one that ends there goes into the photo's pool of K. A photo is
     done when no partial caption scores above the worst of a full pool. Width 1 is greedy search. <pad>, <start> and
-    <unk> are never told. Photos do not influence each other, so that a batch of any size tells the same.
+    <unk> are never told. Photos do not influence each other: a batch of any size tells the same.
 
     Returns for each photo up to K hypotheses, best first, at least one. Length normalisation: Wu et al., 2016.
     """
-    photos, width, device = len(features), beam_width, features.device
-    state = {k: v.repeat_interleave(width, 0) for k, v in captioner.start(features).items()}
-    alive = torch.arange(photos, device=device)  # which photo each row of what follows belongs to
-    scores = torch.full((photos, width), -torch.inf, device=device)
+    state = {name: tensor.repeat_interleave(beam_width, 0) for name, tensor in captioner.start(features).items()}
+    alive = torch.arange(len(features), device=features.device)  # the photo that a row of what follows belongs to
+    ids = torch.full((len(features), beam_width, max_length + 1), PAD, device=features.device)
+    scores = torch.full(ids.shape[:2], -torch.inf, device=features.device)
+    pool_scores, pool_ids, words = scores.clone(), ids, torch.full_like(ids[..., 0], START)
     scores[:, 0] = 0.0  # all K begin alike: only one of them may branch
-    ids = torch.full((photos, width, max_length + 1), PAD, dtype=torch.long, device=device)
-    words = torch.full((photos * width,), START, dtype=torch.long, device=device)
-    pool_scores = torch.full((photos, width), -torch.inf, device=device)
-    pool_ids = ids.clone()
-    told: list = [None] * photos
+    told: list = [None] * len(features)
     for length in range(1, max_length + 1):
-        logits, state = captioner.step(words, state)
-        log_probs = logits.float().log_softmax(-1).view(len(alive), width, -1)
-        log_probs[..., [PAD, START, UNK]] = -torch.inf
-        ending = scores + log_probs[..., END]
-        log_probs[..., END] = -torch.inf
-        # The best K of each beam hold the best K of all: far less to sort than K * V.
-        best, choice = log_probs.topk(min(width, log_probs.shape[-1]), -1)
-        going, place = (scores[..., None] + best).flatten(1).topk(width, -1)
-        worst_kept = torch.cat([going, ending], 1).topk(width, -1).values[:, -1:]
-        ended = torch.where((ending >= worst_kept) & ending.isfinite(), ending / length**length_preference, -torch.inf)
-        ended_ids = ids.clone()
-        ended_ids[..., length - 1] = END
-        pool_scores, kept = torch.cat([pool_scores, ended], 1).topk(width, -1)
-        pool_ids = torch.cat([pool_ids, ended_ids], 1).gather(1, kept[..., None].expand_as(ids))
-        parent = place // best.shape[-1]
-        word = choice.flatten(1).gather(1, place)
-        ids = ids.gather(1, parent[..., None].expand_as(ids))
-        ids[..., length - 1] = word
-        scores, words = going, word
-        done = (pool_scores[:, -1] >= going[:, 0] / length**length_preference) | ~going[:, 0].isfinite()
+        logits, state = captioner.step(words.flatten(), state)
+        ended, scores, parent, words = _extend(scores, logits.float().view(len(alive), beam_width, -1))
+        ids[..., length - 1] = END
+        pool_scores, kept = torch.cat([pool_scores, ended / length**length_preference], 1).topk(beam_width)
+        pool_ids = _rows(torch.cat([pool_ids, ids], 1), kept)
+        ids = _rows(ids, parent)
+        ids[..., length - 1] = words
+        done = pool_scores[:, -1] >= scores[:, 0] / length**length_preference
         if length == max_length:
-            unfinished = scores / length**length_preference
-            none_ended = ~pool_scores[:, :1].isfinite()
+            done, none_ended = torch.ones_like(done), pool_scores[:, :1] == -torch.inf
             pool_ids = torch.where(none_ended[..., None], ids, pool_ids)
-            pool_scores = torch.where(none_ended, unfinished, pool_scores)
-            done = torch.ones_like(done)
-        rows = parent + torch.arange(len(alive), device=device)[:, None] * width
-        if done.any():
-            for photo, its_ids, its_scores in zip(alive[done].tolist(), pool_ids[done].tolist(), pool_scores[done].tolist()):
-                told[photo] = [_hypothesis(i, s) for i, s in zip(its_ids, its_scores) if s > -math.inf]
-            if done.all():
-                break
-            alive, ids, scores, words, rows = (x[~done] for x in (alive, ids, scores, words, rows))
-            pool_scores, pool_ids = pool_scores[~done], pool_ids[~done]
-        state, words = {k: v[rows.flatten()] for k, v in state.items()}, words.flatten()
+            pool_scores = torch.where(none_ended, scores / length**length_preference, pool_scores)
+        for photo, found in zip(alive[done].tolist(), zip(pool_ids[done].tolist(), pool_scores[done].tolist()), strict=True):
+            told[photo] = [_hypothesis(*one) for one in zip(*found, strict=True) if one[1] > -math.inf]
+        if done.all():
+            return told
+        rows = (parent + torch.arange(len(alive), device=parent.device)[:, None] * beam_width)[~done].flatten()
+        state = {name: tensor[rows] for name, tensor in state.items()}
+        alive, ids, scores, words, pool_ids, pool_scores = (x[~done] for x in (alive, ids, scores, words, pool_ids, pool_scores))
     return told
+
+def _extend(scores: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Continue partial captions of scores (P, K) by one word of logits (P, K, V), which is used up.
+
+    Returns the scores of those that end here, -inf where that is not among the best K continuations; the scores of the
+    best K that go on; which partial caption each continues, and by which word: (P, K) each.
+    """
+    log_probs = logits.log_softmax(-1)
+    ending = scores + log_probs[..., END]
+    log_probs[..., :4] = -torch.inf
+    # The best K of each partial caption hold the best K of all: far less to sort than K * V.
+    best, word = log_probs.topk(min(scores.shape[1], log_probs.shape[-1]))
+    going, place = (scores[..., None] + best).flatten(1).topk(scores.shape[1])
+    worst_kept = torch.cat([going, ending], 1).topk(scores.shape[1]).values[:, -1:]
+    return ending.where(ending >= worst_kept, -torch.inf), going, place // best.shape[-1], word.flatten(1).gather(1, place)
+
+def _rows(ids: Tensor, places: Tensor) -> Tensor:
+    return ids.gather(1, places[..., None].expand(-1, -1, ids.shape[-1]))
 
 def _hypothesis(ids: list[int], score: float) -> Hypothesis:
     return Hypothesis(ids[:ids.index(PAD)] if PAD in ids else ids, score)
@@ -1714,17 +1770,13 @@ def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed:
     scores = (total / length).tolist()
     return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
 
-def tell_all(captioner, features, rows: Sequence[int], batch_size: int = 64, progress: bool = False, search=beam_search,
+def tell_all(captioner, features, rows: Sequence[int], batch_size: int = 64, progress: bool = False,
              **options) -> list[list[Hypothesis]]:
-    """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches.
-
-    search   beam_search or sample_captions; options go to it
-    """
+    """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches; options: `beam_search`'s."""
     from tqdm import tqdm
-    told = []
-    for i in tqdm(range(0, len(rows), batch_size), disable=not progress, unit="batch", mininterval=1):
-        told += search(captioner, features[np.asarray(rows[i:i + batch_size])], **options)
-    return told
+    batches = [np.asarray(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+    bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
+    return [told for batch in bar for told in beam_search(captioner, features[batch], **options)]
 
 @dataclass(frozen=True)
 class Telling:
@@ -1845,12 +1897,27 @@ class Storyteller:
             found = sample_captions(self.captioner, features, temperature, seed)
         else:
             found = beam_search(self.captioner, features, 1 if method == "greedy" else beam_width, length_preference)
-        return [self._telling(hypotheses) for hypotheses in found]
+        looks = self._looks(features, [hypotheses[0].ids for hypotheses in found])
+        return [self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)]
 
-    def _telling(self, hypotheses: list[Hypothesis]) -> Telling:
+    def _telling(self, hypotheses: list[Hypothesis], look: np.ndarray | None) -> Telling:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
-        return Telling(*alternatives[0], words[0], alternatives)
+        return Telling(*alternatives[0], words[0], alternatives, None if look is None else look[:len(words[0])])
+
+    @torch.inference_mode()
+    def _looks(self, features: Tensor, captions: list[list[int]]) -> Sequence:
+        """Return where each word of each caption looked (T, 7, 7), or None each for a decoder that does not look."""
+        state, looks = self.captioner.start(features), []
+        if "weights" not in state:
+            return [None] * len(captions)
+        words = torch.full((len(captions),), START, device=self.device)
+        for place in range(max(map(len, captions))):
+            _, state = self.captioner.step(words, state)
+            looks.append(state["weights"])
+            words = torch.tensor([(caption + [PAD] * MAX_WORDS)[place] for caption in captions], device=self.device)
+        side = math.isqrt(state["weights"].shape[1])
+        return torch.stack(looks, 1).unflatten(-1, (side, side)).cpu().numpy()
 
 def _download_model(repo_id: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):

@@ -6,11 +6,14 @@ import torch.nn.functional as F
 import storyteller_utils as st
 
 
-def captioner(vocabulary=50, width=12, **sizes):
+def captioner(decoder="lstm", vocabulary=50, width=12, **sizes):
     torch.manual_seed(3)
     sizes = {"embedding": 8, "hidden": 16, "dropout": 0.0} | sizes
     moments = torch.randn(width), torch.rand(width) + 0.5
-    return st.Captioner("lstm", width, vocabulary, moments, **sizes).eval()
+    return st.Captioner(decoder, width, vocabulary, moments, **sizes).eval()
+
+
+every_decoder = pytest.mark.parametrize("decoder", st.DECODERS)
 
 
 def captions(vocabulary=50, batch=6, longest=9):
@@ -20,11 +23,12 @@ def captions(vocabulary=50, batch=6, longest=9):
     for row, length in enumerate(torch.randint(1, longest, (batch,), generator=generator).tolist()):
         words[row, length + 1] = st.END
         words[row, length + 2:] = st.PAD
-    return torch.randn(batch, 1, 12, generator=generator), words
+    return torch.randn(batch, 9, 12, generator=generator), words
 
 
-def test_stepping_word_by_word_gives_the_logits_of_reading_the_whole_caption():
-    model, (features, words) = captioner(), captions()
+@every_decoder
+def test_stepping_word_by_word_gives_the_logits_of_reading_the_whole_caption(decoder):
+    model, (features, words) = captioner(decoder), captions()
     whole = model.decoder.output(model.decoder.read(model.standardise(features), words))
     state = model.start(features)
     for place in range(words.shape[1]):
@@ -32,9 +36,10 @@ def test_stepping_word_by_word_gives_the_logits_of_reading_the_whole_caption():
         torch.testing.assert_close(logits, whole[:, place], atol=1e-5, rtol=1e-5)
 
 
+@every_decoder
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_cross_entropy_over_real_words_only(smoothing):
-    model, (features, words) = captioner(), captions()
+def test_the_loss_is_cross_entropy_over_real_words_only(smoothing, decoder):
+    model, (features, words) = captioner(decoder), captions()
     loss, likelihood = model(features, words, smoothing)
     logits = model.decoder.output(model.decoder.read(model.standardise(features), words[:, :-1])).flatten(0, 1)
     plain = {"target": words[:, 1:].flatten(), "ignore_index": st.PAD, "reduction": "sum"}
@@ -42,8 +47,9 @@ def test_the_loss_is_cross_entropy_over_real_words_only(smoothing):
     torch.testing.assert_close(loss, F.cross_entropy(logits, label_smoothing=smoothing, **plain))
 
 
-def test_padding_changes_neither_the_loss_nor_the_gradient():
-    model, (features, words) = captioner(), captions()
+@every_decoder
+def test_padding_changes_neither_the_loss_nor_the_gradient(decoder):
+    model, (features, words) = captioner(decoder), captions()
     longer = F.pad(words, (0, 7), value=st.PAD)
     gradients = []
     for padded in (words, longer):
@@ -65,7 +71,8 @@ def test_the_photo_becomes_the_first_hidden_state_and_the_cell_starts_at_zero():
     model, (features, _) = captioner(), captions()
     state = model.start(features)
     encoder = model.decoder.encoder
-    torch.testing.assert_close(state["hidden"], model.standardise(features)[:, 0] @ encoder.weight.T + encoder.bias)
+    pooled = model.standardise(features).mean(1)
+    torch.testing.assert_close(state["hidden"], pooled @ encoder.weight.T + encoder.bias)
     assert not state["cell"].any()
 
 
@@ -82,8 +89,32 @@ def test_the_original_has_eight_and_a_half_million_parameters():
     assert sum(p.numel() for p in model.parameters()) == by_hand == 8_538_889
 
 
-def test_dropout_is_off_when_captions_are_told():
-    model, (features, words) = captioner(dropout=0.5), captions()
+def test_attention_is_the_softmax_of_additive_scores_written_out():
+    model, (features, _) = captioner("attention"), captions()
+    decoder, state = model.decoder, model.start(features)
+    hidden = torch.randn(len(features), 16)
+    context, weights = decoder.look(hidden, state)
+    assert torch.allclose(weights.sum(1), torch.ones(len(features))) and weights.shape == (len(features), 9)
+    for photo in range(len(features)):
+        scores = [decoder.worth(torch.tanh(decoder.key(region) + decoder.query(hidden[photo]))) for region in state["grid"][photo]]
+        by_hand = torch.cat(scores).softmax(0)
+        torch.testing.assert_close(weights[photo], by_hand)
+        mean = sum(w * region for w, region in zip(by_hand, state["grid"][photo], strict=True))
+        torch.testing.assert_close(context[photo], mean * torch.sigmoid(decoder.gate(hidden[photo])))
+
+
+def test_the_attention_decoder_tells_regions_apart_and_the_pooled_one_does_not():
+    (features, words), mixed = captions(), None
+    mixed = features[:, torch.randperm(9)] * torch.linspace(0.5, 2, 9)[:, None]
+    same_mean = mixed - mixed.mean(1, keepdim=True) + features.mean(1, keepdim=True)
+    for decoder, equal in (("lstm", True), ("attention", False)):
+        model = captioner(decoder)
+        assert torch.allclose(model(features, words)[0], model(same_mean, words)[0], rtol=1e-5) == equal
+
+
+@every_decoder
+def test_dropout_is_off_when_captions_are_told(decoder):
+    model, (features, words) = captioner(decoder, dropout=0.5), captions()
     assert torch.equal(model(features, words)[0], model(features, words)[0])
     model.train()
     assert not torch.equal(model(features, words)[0], model(features, words)[0])

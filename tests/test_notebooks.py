@@ -1,0 +1,99 @@
+"""The notebooks' form, and that they, the README and the module agree."""
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+import storyteller_utils as st
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = {stage: ROOT / "notebooks" / f"{stage}.ipynb" for stage in st.STAGES}
+PARAMETER = re.compile(r"(\w+): (str|int|float) = (.+?)  # (\S.*)")
+
+
+@pytest.fixture(params=st.STAGES)
+def stage(request):
+    return request.param
+
+
+@pytest.fixture
+def cells(stage):
+    return nbformat.read(NOTEBOOKS[stage], 4).cells
+
+
+def code(cells):
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_is_a_notebook_for_each_stage_and_none_besides():
+    assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == list(st.STAGES)
+    assert [set(reads) <= set(list(st.STAGES)[:i]) for i, reads in enumerate(st.STAGES.values())] == [True] * 5
+
+
+def test_the_readme_lists_the_stages_in_order():
+    rows = re.findall(r"^\| \[?`?(\d\d_\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert rows == list(st.STAGES)
+
+
+def test_the_parameters_are_the_settings_with_their_defaults_and_their_help(stage, cells):
+    assert code(cells)[0].metadata.tags == ["parameters"] and cells[1] is code(cells)[0]
+    lines = code(cells)[0].source.splitlines()
+    parsed = [PARAMETER.fullmatch(line) for line in lines]
+    assert all(parsed), [line for line, match in zip(lines, parsed, strict=True) if not match]
+    fields = [(f.name, f.type, f.default) for f in dataclasses.fields(st.SETTINGS[stage])]
+    assert [(m[1], m[2], ast.literal_eval(m[3])) for m in parsed] == fields
+    shown = papermill.inspect_notebook(str(NOTEBOOKS[stage]))
+    assert [(p["name"], p["help"]) for p in shown.values()] == [(m[1], m[4]) for m in parsed]
+
+
+def test_every_parameter_is_handed_to_start(stage, cells):
+    call, = re.findall(r'st\.start\("(\w+)"(.*)\)', code(cells)[1].source, re.S)
+    assert call[0] == stage
+    assert re.findall(r"(\w+)=(\w+)", call[1]) == [(f.name,) * 2 for f in dataclasses.fields(st.SETTINGS[stage])]
+
+
+def test_a_notebook_reads_the_stages_it_depends_on(stage, cells):
+    source = "\n".join(cell.source for cell in code(cells))
+    named = set(re.findall(r'run\.read\("(\w+)"\)', source)) | (
+        set(st.STAGES[stage]) if f'in st.STAGES["{stage}"]' in source else set())
+    assert named == set(st.STAGES[stage])
+
+
+def test_it_begins_with_what_it_reads_writes_and_takes_and_ends_with_finish(stage, cells):
+    assert cells[0].source.startswith("# ") and "| reads | writes | runs on | takes |" in cells[0].source
+    assert "@@" not in cells[0].source and f"outputs/{stage}/" in cells[0].source
+    assert "run.finish(" in code(cells)[-1].source and cells[-1] is code(cells)[-1]
+
+
+def test_cells_are_short_and_define_nothing(cells):
+    for cell in code(cells):
+        assert len(cell.source.splitlines()) <= 20
+        assert not re.search(r"^\s*(def|class)\s", cell.source, re.M)
+
+
+def test_stored_outputs_are_there_and_hold_no_error_no_path_and_no_timing(cells):
+    assert any(cell.outputs for cell in code(cells))
+    for output in (output for cell in code(cells) for output in cell.outputs):
+        assert output.output_type != "error" and output.get("name") != "stderr"
+        text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+        assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|kaggle|Users)/|it/s\]|photo/s", text), text
+
+
+def test_an_unknown_parameter_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(papermill.PapermillExecutionError, match="has no parameter min_cuont"):
+        papermill.execute_notebook(NOTEBOOKS["02_vocab"], tmp_path / "out.ipynb", {"min_cuont": 3}, progress_bar=False,
+                                   cwd=str(tmp_path))
+
+
+def test_the_space_has_the_front_matter_that_the_hub_wants():
+    import yaml
+    head = yaml.safe_load((ROOT / "space/README.md").read_text(encoding="utf-8").split("---")[1])
+    colours = "red yellow green blue indigo purple pink gray".split()
+    assert head["sdk"] == "gradio" and head["app_file"] == "app.py" and head["colorFrom"] in colours
+    assert head["colorTo"] in colours and isinstance(head["sdk_version"], str) and isinstance(head["python_version"], str)
+    assert len(head["short_description"]) <= 60

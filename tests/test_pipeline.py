@@ -1,0 +1,132 @@
+"""The five notebooks by papermill, in an empty folder, on the drawn sample; and a small run on real photos."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import storyteller_utils as st
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERMILL = [Path(sys.executable).with_name("papermill"), "--no-progress-bar", "--execution-timeout", "600"]
+
+
+def copy_project(folder):
+    for name in ("notebooks", "space"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "storyteller_utils.py", folder)
+
+
+def papermill(folder, stage, **parameters):
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    notebook = f"notebooks/{stage}.ipynb"
+    done = subprocess.run([*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """A folder in which the five notebooks have run, each replaced by its executed copy."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    copy_project(folder)
+    for stage in st.STAGES:
+        papermill(folder, stage)
+    return folder
+
+
+@pytest.fixture
+def inside(executed, monkeypatch):
+    monkeypatch.chdir(executed)
+    return executed
+
+
+def test_every_stage_finishes_and_is_built_on_what_was_there(inside):
+    manifests = {stage: st.find_artifact(stage).manifest for stage in st.STAGES}
+    for stage, manifest in manifests.items():
+        assert manifest["reads"] == {name: manifests[name]["edition"] for name in st.STAGES[stage]}
+        assert manifest["dataset"]["sample"] and manifest["seconds"] > 0
+    assert set(manifests["03_train_dual_t4"]["files"]) >= {
+        "last.pt", "history.csv", "curves.png", "model/config.json", "model/vocab.json", "model/model.safetensors"}
+    assert set(manifests["05_deploy"]["files"]) >= {"space.zip", "space/app.py", "space/storyteller_utils.py"}
+
+
+def test_unseen_scenes_are_captioned_well(inside):
+    rows = json.loads(Path("outputs/04_evaluate/scores.json").read_text())["rows"]
+    beam, constant = rows["beam search, width 5"]["BLEU-4"]["value"], rows["constant caption"]["BLEU-4"]["value"]
+    assert beam >= 0.5 and beam >= 2 * constant
+    assert rows["beam search, width 5"]["distinct captions"] > 0.5
+
+
+def test_captions_collapse_when_the_features_are_shuffled_among_the_photos(inside):
+    data = st.CaptionData.load(st.find_artifact("01_extract_features").folder, st.find_artifact("02_vocab").folder)
+    rows, references = data.of("test")
+    teller = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")
+    features = st.Features("outputs/01_extract_features/features.npy", True, teller.device)
+    bleu = {}
+    for name, asked in (("own", rows), ("shuffled", np.roll(rows, len(rows) // 2))):
+        told = [teller.vocab.decode(h[0].ids) for h in st.tell_all(teller.captioner, features, asked)]
+        bleu[name] = st.score_captions(told, references)["BLEU-4"]["value"]
+    assert bleu["shuffled"] < bleu["own"] / 2
+
+
+def test_the_score_table_names_the_sample_and_every_row(inside):
+    table = Path("outputs/04_evaluate/scores.md").read_text()
+    for part in ("the drawn sample (no real photos), test", "greedy search", "beam search, width 5", "constant caption",
+                 "most similar photo", "people (four references)", *st.METRICS[:4], "ROUGE-L", "CIDEr-D", "recall"):
+        assert part in table
+    assert "drawings, not photos" in Path("outputs/05_deploy/space/model/README.md").read_text()
+
+
+def test_the_card_that_ships_has_the_test_scores(inside):
+    config = json.loads(Path("outputs/05_deploy/space/model/config.json").read_text())
+    rows = json.loads(Path("outputs/04_evaluate/scores.json").read_text())["rows"]
+    assert config["scores"] == {metric: rows["beam search, width 5"][metric] for metric in st.METRICS}
+    assert f"| CIDEr-D | {config['scores']['CIDEr-D']['value']:.3f} |" in Path(
+        "outputs/05_deploy/space/model/README.md").read_text()
+
+
+def test_the_terminal_and_the_usage_example_tell_the_sample(inside):
+    photo = next(Path("outputs/sample_dataset/Images").glob("*.jpg"))
+    caption = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell(photo, beam_width=5)[0].caption
+    told = subprocess.run([sys.executable, "storyteller_utils.py", "tell", photo], capture_output=True, text=True)
+    assert told.stdout.strip() == caption
+
+
+def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folder(inside):
+    """nbval runs in notebooks/, as Jupyter and VS Code do; the outputs it compares are those that papermill stored."""
+    before = {stage: st.find_artifact(stage).manifest["edition"] for stage in ("01_extract_features", "02_vocab")}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env",
+                           *(f"notebooks/{stage}.ipynb" for stage in st.STAGES)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert not Path("notebooks/outputs").exists()
+    assert before == {stage: st.find_artifact(stage).manifest["edition"] for stage in before}
+
+
+def test_the_stored_notebooks_show_what_they_still_print(executed):
+    """The checked cells of the committed notebooks, against those that just ran."""
+    import nbformat
+    for stage in st.STAGES:
+        stored, ran = (nbformat.read(root / "notebooks" / f"{stage}.ipynb", 4) for root in (ROOT, executed))
+        ran.cells = [cell for cell in ran.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        for one, other in zip(stored.cells, ran.cells, strict=True):
+            if "# NBVAL_CHECK_OUTPUT" in one.source:
+                assert [o.get("text", o.get("data")) for o in one.outputs] == [o.get("text", o.get("data")) for o in other.outputs]
+
+
+def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
+    """Six hundred photos of Flickr8k, ResNet50, two epochs: far from good, but it looks at the photo."""
+    copy_project(tmp_path)
+    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 600}
+    papermill(tmp_path, "01_extract_features", backbone="resnet50", backbone_weights=shared / "weights" /
+              "resnet50_stride_in_1x1.safetensors", **photos)
+    papermill(tmp_path, "02_vocab", **photos)
+    papermill(tmp_path, "03_train_dual_t4", dataset_dir=photos["dataset_dir"], epochs=2, batch_size=16, learning_rate=0.002)
+    papermill(tmp_path, "04_evaluate", dataset_dir=photos["dataset_dir"])
+    rows = json.loads((tmp_path / "outputs/04_evaluate/scores.json").read_text())["rows"]
+    assert rows["beam search, width 5"]["CIDEr-D"]["value"] > rows["constant caption"]["CIDEr-D"]["value"]
+    assert (tmp_path / "outputs/03_train_dual_t4/model/backbone.safetensors").stat().st_size > 40e6
