@@ -1,13 +1,8 @@
-"""Neural Storyteller: looks at a photo and tells, in one sentence, what is in it.
+"""Neural Storyteller looks at a photo and tells, in one sentence, what is in it: all that notebooks, Space and Kaggle share.
 
-The five notebooks, the Space and the Kaggle kernels share this module. Its sections follow the data:
-
-    1 stages and artifacts   4 words              7 model      10 scores
-    2 settings               5 photos to features 8 training   11 showing
-    3 captions and splits    6 batches            9 telling    12 shipping
-
-Axes: N photos, B batch, R regions, D feature width, T tokens, V vocabulary, H hidden, K beams.
-Importing it prints nothing and touches no disk, network or GPU.
+Sections: 1 stages and artifacts, 2 settings, 3 captions and splits, 4 words, 5 photos to features, 6 batches, 7 model,
+8 training, 9 telling, 10 scores, 11 showing, 12 shipping. Axes: N photos, B batch, R regions, D feature width, T tokens,
+V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk, network or GPU.
 """
 from __future__ import annotations
 
@@ -82,8 +77,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 def write_text(path: Path | str, text: str) -> None:
@@ -99,10 +93,8 @@ def read_json(path: Path | str) -> dict:
     """Read a JSON object; ArtifactError says which file is missing or broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing.") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is missing or is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -950,9 +942,7 @@ class Backbone(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
-        from safetensors.torch import save_file
-        with replacing(path) as temporary:
-            save_file({k: v.contiguous() for k, v in self.weights.items()}, temporary, self.metadata)
+        save_weights(path, self.weights, self.metadata)
 
 def _fold_batchnorm(network: nn.Module) -> None:
     """Merge each BatchNorm into the convolution right before it (1.3 times as fast on a CPU; a second time changes nothing).
@@ -998,6 +988,13 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # safetensors, zipfile and unpickler each have their own
         raise ArtifactError(f"{path} holds no weights that can be read safely: {str(error).splitlines()[0][:200]}") from None
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
+
+def save_weights(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all; tensors that share memory are written each."""
+    from safetensors.torch import save_file
+    with replacing(path) as temporary:
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(0o644)  # as other files are, not for this user alone
 
 def _build_resnet50(weights: str) -> Backbone:
     from torchvision.models import ResNet50_Weights, resnet50
@@ -1251,7 +1248,7 @@ class PooledLSTM(nn.Module):
 
     def start(self, features: Tensor) -> dict[str, Tensor]:
         """Encode photos (B, R, D) into the state before the first word; the cell starts at zero."""
-        hidden = self.encoder(features.mean(1))
+        hidden = self.encoder(self.dropout(features.mean(1)))
         return {"hidden": hidden, "cell": torch.zeros_like(hidden)}
 
     def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1386,21 +1383,20 @@ CHECKPOINT_SECONDS = 300
 
 def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def wait_for_all() -> None:
     """Wait until every process is here; alone, go on."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if "WORLD_SIZE" in os.environ:  # torchrun set it
         torch.distributed.barrier()
 
 def _gathered(values: Tensor) -> Tensor:
     """Stack every process's tensor of the same shape: (world, ...)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if "WORLD_SIZE" not in os.environ:
         return values[None]
     parts = [torch.zeros_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values)
@@ -1840,13 +1836,12 @@ class Storyteller:
         """Write config.json, vocab.json, model.safetensors (float16), README.md and, if its weights do not come from a
         package, backbone.safetensors; the whole folder or nothing.
         """
-        from safetensors.torch import save_file
         with replacing(folder) as temporary:
             temporary.mkdir()
             write_text(temporary / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n")
             self.vocab.save(temporary / "vocab.json")
-            save_file({k: v.detach().to("cpu", torch.float16).contiguous() for k, v in self.captioner.state_dict().items()},
-                      temporary / "model.safetensors")
+            save_weights(temporary / "model.safetensors", {
+                name: tensor.detach().to("cpu", torch.float16) for name, tensor in self.captioner.state_dict().items()})
             write_text(temporary / "README.md", model_card(self.config))
             if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
                 self.backbone.save(temporary / "backbone.safetensors")
@@ -2332,16 +2327,21 @@ def attention_page(image, telling: Telling, preprocessing: str = "squash") -> st
 
 MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "README.md", "backbone.safetensors")
 TOKENS = "https://huggingface.co/settings/tokens"
-NO_TOKEN = (f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on Kaggle, add it as the '
-            "secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login")
 HUB_ADVICE = {
     401: f'The token is wrong or has expired: make a new one with the role "write" at {TOKENS}',
-    402: "It wants a paid plan: https://huggingface.co/pricing",
     403: 'The token may not write there: use one with the role "write", and a name below your own account.',
     404: "That name is somebody else's, or the token cannot see it: choose another name.",
-    409: "That name is taken, or somebody changed it at the same moment: try again, or choose another name.",
+    409: "That name is taken, or it was changed at the same moment: try again, or choose another name.",
     429: "It wants a pause: try again in an hour.",
     507: "Your storage there is full: delete what you no longer need (https://huggingface.co/settings/storage)."}
+
+def _space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Path]:
+    """List all that belongs to a Space, name there -> path here; whatever else lies around (.env, caches) does not."""
+    carried = read_json(model_dir / "config.json")["backbone"] not in BACKBONES_FROM_PIP
+    photos = [f"examples/{p.name}" for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in (".jpg", ".png")]
+    own = ["app.py", "style.css", "README.md", "requirements.txt", "examples/README.md", *photos]
+    return {**{name: space_dir / name for name in own}, "storyteller_utils.py": module,
+            **{f"model/{name}": model_dir / name for name in MODEL_FILES[:4 + carried]}}
 
 def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
                 scores: dict | None = None, scored_on: str = "test photos") -> Path:
@@ -2351,13 +2351,12 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
     model_dir  the captioner it shows, as `save_pretrained` writes it
     scores     {metric: {"value", "low", "high"}} of 04, for the model card that ships; None: what is in its config
 
-    What else lies in these folders does not ship. Returns `out_dir`; ArtifactError for what is missing or wrong.
+    Returns `out_dir`. ArtifactError for what is missing or wrong, and for an `out_dir` that holds something else.
     """
     space_dir, model_dir, out = Path(space_dir), Path(model_dir), Path(out_dir)
     if out.is_dir() and any(out.iterdir()) and not (out / "storyteller_utils.py").is_file():
         raise ArtifactError(f"{out} holds something else than a Space and is left as it is. Name another folder.")
-    config = read_json(model_dir / "config.json")
-    files = _space_files(space_dir, model_dir, Path(module_path), config)
+    files = _space_files(space_dir, model_dir, Path(module_path))
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again.")
     with replacing(out) as temporary:
@@ -2365,24 +2364,15 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
         if scores is not None:
-            config |= {"scores": scores, "scored_on": scored_on}
+            config = read_json(model_dir / "config.json") | {"scores": scores, "scored_on": scored_on}
             write_text(temporary / "model/config.json", json.dumps(config, ensure_ascii=False) + "\n")
             write_text(temporary / "model/README.md", model_card(config))
     zip_space(out)
     return out
 
-def _space_files(space_dir: Path, model_dir: Path, module: Path, config: dict) -> dict[str, Path]:
-    """List all that belongs to a Space, name there -> path here; whatever else lies around (.env, caches) does not."""
-    photos = [p for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in (".jpg", ".png")]
-    model = MODEL_FILES[:4] if config["backbone"] in BACKBONES_FROM_PIP else MODEL_FILES
-    return {**{n: space_dir / n for n in ("app.py", "style.css", "README.md", "requirements.txt", "examples/README.md")},
-            **{f"examples/{p.name}": p for p in photos}, **{f"model/{n}": model_dir / n for n in model},
-            "storyteller_utils.py": module}
-
-def zip_space(folder: Path | str) -> Path:
+def zip_space(folder: Path) -> Path:
     """Pack a Space into `space.zip` beside it, the same bytes for the same files. Returns its path."""
     import zipfile
-    folder = Path(folder)
     with replacing(folder.with_name("space.zip")) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             entry = zipfile.ZipInfo(f"space/{path.relative_to(folder).as_posix()}")  # dated 1980, whatever the file is
@@ -2418,10 +2408,10 @@ def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+", encoding="utf-8") as log:
         env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": scratch,
                 "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-        app = subprocess.Popen([sys.executable, "-c", _OFFLINE], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log,
-                               stderr=log, start_new_session=True)
+        app = subprocess.Popen([sys.executable, "-c", _OFFLINE], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                               stdout=log, stderr=log, start_new_session=True)
         try:
-            return _caption_examples(folder, app, port, time.monotonic() + timeout)
+            return _caption_examples(folder, app, f"http://127.0.0.1:{port}/", time.monotonic() + timeout)
         except Exception as error:  # whatever it is, the app's log says why
             log.seek(0)
             tail = "\n".join(log.read().splitlines()[-30:])
@@ -2431,19 +2421,17 @@ def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
                 os.killpg(app.pid, signal.SIGKILL)
             app.wait()
 
-def _caption_examples(folder: Path, app: subprocess.Popen, port: int, deadline: float) -> list[str]:
-    import urllib.request
-
+def _caption_examples(folder: Path, app: subprocess.Popen, address: str, deadline: float) -> list[str]:
     from gradio_client import Client, handle_file
-    address, direct = f"http://127.0.0.1:{port}/", urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
-        if app.poll() is not None or time.monotonic() > deadline:
-            raise ArtifactError("it took too long to start" if app.returncode is None else f"exit status {app.returncode}")
-        with contextlib.suppress(OSError):
-            direct.open(address + "config", timeout=5).close()
+        try:
+            client = Client(address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False)
             break
-        time.sleep(0.2)
-    client = Client(address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False)
+        except Exception:  # many kinds, all meaning "not yet" while the app lives
+            if app.poll() is not None or time.monotonic() > deadline:
+                why = "took too long to start" if app.returncode is None else f"ended with status {app.returncode}"
+                raise ArtifactError(f"it {why}") from None
+            time.sleep(0.2)
     examples = sorted(p for p in folder.glob("examples/*") if p.suffix in (".jpg", ".png"))[:2]
     captions = [client.predict(handle_file(str(example)), api_name="/caption")[0] for example in examples]
     if not captions or not all(captions):
@@ -2466,7 +2454,8 @@ def find_token() -> str:
         with contextlib.suppress(EOFError, NotImplementedError):  # the latter: a notebook that nobody watches
             token = getpass.getpass("Hugging Face token (stays hidden): ").strip()
     if not token:
-        raise ArtifactError(NO_TOKEN)
+        raise ArtifactError(f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on '
+                            "Kaggle, add it as the secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login")
     return token
 
 def push_space(folder: Path | str, repo_id: str, token: str | None = None, private: bool = True,
@@ -2477,21 +2466,20 @@ def push_space(folder: Path | str, repo_id: str, token: str | None = None, priva
     token    None: from `find_token`; it is neither shown nor kept
     wait     return only when the Space runs
 
-    Returns {"address", "commit", "hardware"}, also left as `pushed.json` beside the folder. An account that may not have
-    such a Space gets {"address": None, "zip"}. ArtifactError says what to do about all else that the Hub refuses.
+    Returns {"address", "commit", "hardware"}, also left as `pushed.json` beside the folder; {"address": None, "zip"} if
+    the account may not have such a Space. ArtifactError says what to do about all else that the Hub refuses.
     """
     from huggingface_hub import HfApi
     folder, token = Path(folder), token or find_token()
+    files = _space_files(folder, folder / "model", folder / "storyteller_utils.py")
     api = HfApi(token=token)
     hardware = _hub(lambda: _create_space(api, repo_id, private), repo_id, token)
     if hardware is None:
         print(f"Nothing was published. {zip_space(folder)} holds the whole Space, to be run or uploaded elsewhere.")
         return {"address": None, "zip": str(folder.with_name("space.zip"))}
-    config = read_json(folder / "model/config.json")
     commit = _hub(lambda: api.upload_folder(
-        repo_id=repo_id, repo_type="space", folder_path=folder, delete_patterns=["model/*", "examples/*"],
-        allow_patterns=list(_space_files(folder, folder / "model", folder / "storyteller_utils.py", config)),
-        commit_message="Show this captioner"), repo_id, token)
+        repo_id=repo_id, repo_type="space", folder_path=folder, allow_patterns=list(files),
+        delete_patterns=["model/*", "examples/*"], commit_message="Show this captioner"), repo_id, token)
     pushed = {"address": f"{api.endpoint}/spaces/{repo_id}", "commit": commit.oid, "hardware": hardware}
     write_json(folder.with_name("pushed.json"), pushed)
     print(f"{pushed['address']} ({hardware})")
@@ -2510,7 +2498,7 @@ def _create_space(api, repo_id: str, private: bool) -> str | None:
     with contextlib.suppress(RepositoryNotFoundError):
         files = {sibling.rfilename for sibling in api.space_info(repo_id).siblings or []}
         if "storyteller_utils.py" not in files and files - {".gitattributes", "README.md"}:
-            raise ArtifactError(f"The name {repo_id} is taken by another Space. Choose another name, or delete that Space.")
+            raise ArtifactError(f"The name {repo_id} is taken by another Space. Choose another, or delete that Space.")
         return "hardware as before"
     for hardware, then in (("cpu-basic", "Trying ZeroGPU, which is free"), ("zero-a10g", "Packing the folder instead")):
         try:
@@ -2522,6 +2510,27 @@ def _create_space(api, repo_id: str, private: bool) -> str | None:
                 raise
             print(f"The Hub wants a paid plan for a Space on {hardware} (402). {then}.")
     return None
+
+def push_model(folder: Path | str, repo_id: str, token: str | None = None, private: bool = True) -> dict:
+    """Create or update a model on the Hub from a captioner's folder, its scores in the card's metadata.
+
+    Returns {"address", "commit"}; `Storyteller.from_pretrained(repo_id)` loads it. Arguments, errors: as `push_space`.
+    """
+    from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
+    folder, token = Path(folder), token or find_token()
+    config, api, card = read_json(folder / "config.json"), HfApi(token=token), ModelCard.load(folder / "README.md")
+    dataset, split = config["dataset"]["name"], config.get("scored_on")
+    card.data.pipeline_tag, card.data.model_name = "image-to-text", "Neural Storyteller"
+    card.data.eval_results = [EvalResult(
+        task_type="image-to-text", dataset_type=re.sub(r"\W+", "-", dataset.lower()), dataset_name=dataset,
+        dataset_split=split, metric_type=name.lower(), metric_name=name, metric_value=round(score["value"], 4),
+    ) for name, score in config.get("scores", {}).items()] or None
+    files = {name: str(folder / name) for name in MODEL_FILES if (folder / name).is_file()}
+    files["README.md"] = str(card).encode()
+    operations = [CommitOperationAdd(*file) for file in files.items()]
+    _hub(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, token)
+    commit = _hub(lambda: api.create_commit(repo_id, operations, commit_message="This captioner"), repo_id, token)
+    return {"address": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
 
 def _hub(call, repo_id: str, token: str, attempts: int = 4):
     """Call the Hub: again after dropped connections; what it refuses becomes a sentence that says what to do."""
@@ -2557,7 +2566,7 @@ def _work(worker, job: str) -> None:
             write_json(path, {"type": type(error).__name__, "message": str(error) if known else traceback.format_exc()})
         raise SystemExit(1) from None
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if "WORLD_SIZE" in os.environ:
             torch.distributed.destroy_process_group()
 
 def _tell(arguments) -> None:

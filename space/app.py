@@ -1,7 +1,5 @@
 """The web page of Neural Storyteller: a photo in, one sentence about it out. The work is in storyteller_utils.py."""
-import base64
 import csv
-import io
 import os
 import random
 import re
@@ -24,30 +22,19 @@ import storyteller_utils as st
 
 MODEL = Path(os.environ.get("MODEL") or HERE / "model")
 TELLER = st.Storyteller.from_pretrained(MODEL)
-LEARNED, SQUASH = TELLER.config["dataset"], TELLER.config["preprocessing"]
+LEARNED, SQUASH, MAX_PHOTOS = TELLER.config["dataset"], TELLER.config["preprocessing"], 50
 EXAMPLES = sorted(str(path) for path in (HERE / "examples").iterdir() if path.suffix in (".jpg", ".png"))
-COLUMNS, MAX_PHOTOS = ["photo", "caption", "score", "problem"], 50
+st.attention_page(EXAMPLES[0], TELLER.tell(EXAMPLES[0])[0])  # loads now what the first visitor would wait for
+CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
+COLUMNS, WAITING = ["photo", "caption", "score", "problem"], "*Its story will stand here.*"
 NEW = int(gr.__version__.split(".")[0]) >= 6  # Kaggle has 5.49, the Space 6: theme, css and hiding moved in between
 HIDDEN = {"api_visibility": "private"} if NEW else {"api_name": False}
-FONT = ["system-ui", "sans-serif"]  # gradio's own would be fetched from Google
-LOOK = {"theme": gr.themes.Default(primary_hue="amber", neutral_hue="stone", font=FONT, font_mono=FONT),
-        "css_paths": HERE / "style.css"}
-TELLER.tell(EXAMPLES[:1])  # loads all there is to load now, not under the first visitor's eyes
-SHARE = os.environ.get("GRADIO_SHARE", "").lower() == "true"  # gradio would share by itself on Kaggle
-LAUNCH = {"max_file_size": "15mb", "ssr_mode": False, "share": SHARE, **(LOOK if NEW else {})}
-WAITING = "*Its story will stand here.*"
-LIMITS = """## What it gets wrong
-It was taught by people describing strangers' photos. It guesses at gender and age, is often wrong about counts, colours
-and rare things, and says confidently what usually goes with what it sees. Do not use it to judge people.
-Photos are read in this program's memory, kept for at most an hour and sent nowhere else.\n\n"""
-
-
-def explain(error, photo):
-    """Say what went wrong in a sentence for visitors: no path, and no detail of what nobody foresaw."""
-    if isinstance(error, (ValueError, st.ArtifactError)):
-        return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\]\S*[/\\]", "", str(error).replace(str(photo), Path(photo).name))
-    traceback.print_exception(error)  # for the log of the Space
-    return f"{Path(photo).name} could not be captioned."
+FONT = ["system-ui", "sans-serif"]  # gradio's own would come from Google
+THEME = gr.themes.Default(primary_hue="amber", neutral_hue="stone", font=FONT, font_mono=FONT)
+THEME.set(button_primary_text_color="*neutral_900", button_primary_text_color_dark="*neutral_900")  # readable on amber
+LOOK = {"theme": THEME, "css_paths": HERE / "style.css"}
+LAUNCH = {"max_file_size": "15mb", "ssr_mode": False, **(LOOK if NEW else {}),
+          "share": os.environ.get("GRADIO_SHARE", "").lower() == "true"}  # gradio would publish by itself on Kaggle
 
 
 def attempt(teller, photos, options):
@@ -55,12 +42,17 @@ def attempt(teller, photos, options):
     try:
         return teller.tell(photos, **options)
     except Exception as error:  # one visitor's odd file must not end the page for the others
-        return [explain(error, photos[0])] if len(photos) == 1 else [attempt(teller, [p], options)[0] for p in photos]
+        if len(photos) > 1:
+            return [attempt(teller, [photo], options)[0] for photo in photos]
+        if isinstance(error, ValueError):
+            return [str(error).replace(f"{Path(photos[0]).parent}{os.sep}", "")]
+        traceback.print_exception(error)  # for the log; visitors get no detail of what nobody foresaw
+        return [f"{Path(photos[0]).name} could not be captioned."]
 
 
 @GPU
 def attempt_many(photos, options):
-    """Caption many photos, eight at a time, on the GPU that ZeroGPU lends to this function, elsewhere on the CPU."""
+    """Caption eight photos at a time, on the GPU that ZeroGPU lends to this function, elsewhere on the CPU."""
     teller = st.Storyteller.from_pretrained(MODEL, "cuda") if os.environ.get("SPACES_ZERO_GPU") else TELLER
     for start in range(0, len(photos), 8):
         yield attempt(teller, photos[start:start + 8], options)
@@ -84,18 +76,6 @@ def caption_if_any(photo, *options):
     return caption(photo, *options) if photo else (WAITING, [], "", None)
 
 
-def show_gaze(photo, told):
-    return st.attention_page(photo, told, SQUASH) if told else ""
-
-
-def link_strip(photo, told):
-    if told is None or told.attention is None:
-        return ""
-    st.show_attention(photo, told, SQUASH).savefig(picture := io.BytesIO(), format="jpeg", dpi=110)
-    address = f"data:image/jpeg;base64,{base64.b64encode(picture.getvalue()).decode()}"
-    return f"<a class='strip' download='neural-storyteller.jpg' href='{address}'>Download all words as one picture</a>"
-
-
 def batch(photos, method, beam_width, progress=gr.Progress()):
     """Caption up to 50 photos: a table and a CSV file with one row a photo."""
     if not photos or len(photos) > MAX_PHOTOS:
@@ -113,11 +93,6 @@ def batch(photos, method, beam_width, progress=gr.Progress()):
         yield rows, str(path)
 
 
-def about():
-    card = MODEL / "README.md"
-    return LIMITS + re.sub(r"\A---\n.*?\n---\n", "", card.read_text("utf-8") if card.is_file() else "", flags=re.S)
-
-
 def controls():
     choices = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sample")]
     return (gr.Radio(choices, value="beam", label="How it chooses words"),
@@ -132,33 +107,35 @@ with gr.Blocks(title="Neural Storyteller", delete_cache=(600, 3600), analytics_e
     looked = gr.State(time_to_live=3600)
     with gr.Tab("One photo"), gr.Row():
         with gr.Column(elem_id="left"):
-            photo = gr.Image(type="filepath", sources=["upload", "webcam", "clipboard"], label="Photo", height=340)
+            photo = gr.Image(type="filepath", sources=["upload", "webcam", "clipboard"], label="Photo", height=320)
             photo.preprocess = lambda image: image and image.path  # as sent: gradio would re-encode what it opens
             button = gr.Button("Tell the story", variant="primary")
             gr.Examples(EXAMPLES, photo, label="Or take one of these", elem_id="examples")
             with gr.Accordion("How it searches", open=False, elem_id="how"):
                 method, width = controls()
-                length = gr.Slider(0, 2, st.LENGTH_PREFERENCE, step=0.1, label="Length preference", info="beam search: more is longer")
+                length = gr.Slider(0, 2, st.LENGTH_PREFERENCE, step=0.1, label="Length preference",
+                                   info="beam search: more is longer")
                 heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature", info="sampling: more is bolder")
                 seed = gr.Number(None, precision=0, label="Seed", info="sampling: empty for another story each time")
-        with gr.Column():
+        with gr.Column(elem_id="right"):
             story, took = gr.Markdown(WAITING, elem_id="story"), gr.Markdown(elem_id="took")
-            gaze, strip = gr.HTML(), gr.HTML()
-            table = gr.Dataframe(headers=["The best captions", "Score"], datatype=["str", "number"], wrap=True,
-                                 interactive=False, column_widths=["78%", "22%"], elem_id="best")
+            gaze = gr.HTML(padding=False)
+            best = gr.Dataframe(headers=["The best captions", "Score"], datatype=["str", "number"], wrap=True,
+                                interactive=False, column_widths=["78%", "22%"], elem_id="best")
     with gr.Tab("Several photos"):
         photos = gr.File(file_count="multiple", file_types=["image"], label=f"Up to {MAX_PHOTOS} photos")
         how = controls()
         many = gr.Button("Tell all the stories", variant="primary")
-        sheet = gr.Dataframe(headers=COLUMNS, wrap=True, interactive=False, label="Captions", elem_id="sheet")
-        saved = gr.File(label="The same as CSV")
+        sheet = gr.Dataframe(headers=COLUMNS, wrap=True, interactive=False, label="Captions")
+        saved = gr.File(label="The same as CSV", height=100)
     with gr.Tab("About"):
-        gr.Markdown(about())
-    asked, told = [photo, method, width, length, heat, seed], [story, table, took, looked]
+        gr.Markdown(re.sub(r"\A---\n.*?\n---\n", "", CARD, flags=re.S) + "\n\n"
+                    "Photos sent to this page stay here, for about an hour at most, and are passed on to nobody.")
+    asked, told = [photo, method, width, length, heat, seed], [story, best, took, looked]
     changes = [photo.change, method.input, width.release, length.release, heat.release]
     for event in (button.click(caption, asked, told, api_name="caption"),
                   gr.on(changes, caption_if_any, asked, told, trigger_mode="always_last", **HIDDEN)):
-        event.then(show_gaze, [photo, looked], gaze, **HIDDEN).then(link_strip, [photo, looked], strip, **HIDDEN)
+        event.then(lambda photo, one: one and st.attention_page(photo, one, SQUASH), [photo, looked], gaze, **HIDDEN)
     many.click(batch, [photos, *how], [sheet, saved], api_name="batch")
     # A screen reader speaks what changes inside a live region that was there before the change.
     demo.load(None, js="() => document.getElementById('story').setAttribute('aria-live', 'polite')")

@@ -1,4 +1,5 @@
 """What the tests share: no network, no GPU needed, a small drawn dataset, and ../shared where there is one."""
+import importlib.util
 import os
 import socket
 import sys
@@ -10,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402
 
@@ -57,3 +60,69 @@ def shared() -> Path:
 def drawn(tmp_path_factory) -> Path:
     """A small drawn dataset: 24 photos with five captions each. Copy it before changing it."""
     return st.draw_sample_dataset(tmp_path_factory.mktemp("drawn") / "sample", images=24, seed=5)
+
+
+# The page (test_space.py, test_browser.py) ----------------------------------------------------------------------------
+
+
+def look_around(words):
+    """Attention over the 7x7 grid that wanders from corner to corner, for decoders that have none of their own."""
+    y, x = np.mgrid[0:7, 0:7]
+    maps = [np.exp(-((x - 6 * (i % 2)) ** 2 + (y - 6 * (i // 2 % 2)) ** 2) / 4.0) for i in range(len(words))]
+    return np.stack([m / m.sum() for m in maps])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A captioner of 23 words with random weights, which never ends a sentence: quick, and different for each photo."""
+    torch.manual_seed(0)
+    words = "a brown dog runs on the grass two men sit in snow red bird flies over blue water".split()
+    vocab = st.Vocab([*st.SPECIAL, *sorted(set(words))])
+    backbone, sizes = st.load_backbone("efficientnet_lite0"), {"embedding": 16, "hidden": 32}
+    width = backbone.width
+    captioner = st.Captioner("lstm", width, len(vocab), (torch.zeros(width), torch.ones(width)), **sizes)
+    for parameter in captioner.parameters():
+        parameter.data.mul_(3)
+    captioner.decoder.output.bias.data[st.END] = -9
+    config = {"decoder": "lstm", "sizes": sizes, "vocabulary": len(vocab), "width": width, "regions": 1,
+              "backbone": backbone.name, "backbone_sha256": backbone.sha256, "preprocessing": "squash",
+              "precision": "auto",
+              "dataset": {"name": "tiny", "photos": 10, "fingerprint": "0", "sample": False}, "recipe": "original",
+              "training": {"epochs": 1, "seed": 0, "photos": 8, "best_epoch": 1, "val_loss": 1.0, "val_cider": 0.1},
+              "feature_mean": [0.0] * width, "feature_deviation": [1.0] * width}
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    st.Storyteller(config, vocab, captioner).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_app(tiny_model, tmp_path_factory):
+    """Import space/app.py as a Space runs it, showing the tiny captioner."""
+    def load():
+        spec = importlib.util.spec_from_file_location("space_app", ROOT / "space/app.py")
+        module = importlib.util.module_from_spec(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MODEL", str(tiny_model))
+            spec.loader.exec_module(module)
+        return module
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    return load
+
+
+@pytest.fixture(scope="session")
+def app(load_app):
+    return load_app()
+
+
+@pytest.fixture(scope="session")
+def address(app):
+    """Where the page is served, to clients and to browsers."""
+    _, address, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    yield address
+    app.demo.close()
+
+
+@pytest.fixture(scope="session")
+def client(address):
+    from gradio_client import Client
+    return Client(address, verbose=False)

@@ -36,6 +36,7 @@ def main() -> None:
             path = Path(folder, "notebooks", f"{stage}.ipynb")
             subprocess.run([Path(sys.executable).with_name("papermill"), path, path, "--no-progress-bar"], cwd=folder, check=True)
             nbformat.write(cleaned(nbformat.read(path, 4)), ROOT / "notebooks" / path.name)
+        shutil.copy(Path(folder, "outputs/04_evaluate/sheet.png"), ROOT / "notebooks")  # the README's picture
 
 
 if __name__ == "__main__":

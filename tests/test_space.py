@@ -1,0 +1,464 @@
+"""Section 12 and space/: the page and its API, the folder that is built, and what reaches the Hub."""
+import base64
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import look_around
+from local_hub import LocalHub
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import storyteller_utils as st
+
+TOKEN = "hf_thisTokenMustShowUpNowhere"
+CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jpg"))
+
+
+def photo(path):
+    from gradio_client import handle_file
+    return handle_file(str(path))
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_tells_what_the_captioner_tells(client, app):
+    told = app.TELLER.tell(CAT)[0]
+    caption, best, took = client.predict(photo(CAT), api_name="/caption")
+    assert caption == told.caption
+    assert [text for text, _ in best["data"]] == [text for text, _ in told.alternatives]
+    assert best["data"][0][1] == pytest.approx(told.score, abs=1e-3)
+    assert re.fullmatch(r"Told in \d+\.\d\d s", took)
+
+
+def test_every_control_reaches_the_search(client, app, monkeypatch):
+    seen = {}
+    real = app.TELLER.tell
+    monkeypatch.setattr(app.TELLER, "tell", lambda images, **options: seen.update(options) or real(images, **options))
+    asked = {"method": "sample", "beam_width": 3, "length_preference": 1.1, "temperature": 0.5, "seed": 4}
+    client.predict(photo(CAT), **asked, api_name="/caption")
+    assert seen == asked
+    client.predict(photo(CAT), api_name="/caption")
+    assert {**seen, "seed": 0} == {"method": "beam", "beam_width": 5, "length_preference": st.LENGTH_PREFERENCE,
+                                   "temperature": 1, "seed": 0}
+
+
+def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client, app, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(CAT.read_bytes()[:200])
+    table, file = client.predict([photo(CAT), photo(broken), photo(COFFEE)], api_name="/batch")
+    told = {path: app.TELLER.tell(path)[0].caption for path in (CAT, COFFEE)}
+    with open(file, newline="", encoding="utf-8") as opened:
+        header, *rows = csv.reader(opened)
+    assert header == table["headers"] == ["photo", "caption", "score", "problem"]
+    assert [row[:2] for row in rows] == [["cat.jpg", told[CAT]], ["broken.jpg", ""], ["coffee.jpg", told[COFFEE]]]
+    assert "broken.jpg" in rows[1][3] and not rows[0][3] and str(tmp_path) not in rows[1][3]
+    assert [row[1] for row in table["data"]] == [row[1] for row in rows]
+
+
+def write_bomb(path):
+    """A PNG of some hundred bytes whose header says 30,000 x 30,000 pixels."""
+    Image.new("RGB", (1, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 30000, 30000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("name", "write", "says"), [
+    ("notes.jpg", lambda p: p.write_text("not a photo"), "notes.jpg"),
+    ("empty.png", lambda p: p.write_bytes(b""), "empty.png"),
+    ("bomb.png", write_bomb, "900000000|900,000,000|30000 x 30000")])
+def test_a_file_that_is_no_usable_photo_is_refused_in_words_without_paths(client, tmp_path, name, write, says):
+    write(tmp_path / name)
+    with pytest.raises(Exception, match=says) as refused:
+        client.predict(photo(tmp_path / name), api_name="/caption")
+    assert "/" not in str(refused.value) and "Traceback" not in str(refused.value)
+    assert client.predict(photo(CAT), api_name="/caption")[0]  # the page lives on
+
+
+def test_no_photo_too_many_photos_and_too_large_a_file_are_refused(client, app, tmp_path):
+    for nothing, endpoint in ((None, "/caption"), ([], "/batch")):
+        with pytest.raises(Exception, match="[Pp]lease choose"):
+            client.predict(nothing, api_name=endpoint)
+    with pytest.raises(Exception, match="1 to 50 photos; these are 51"):
+        client.predict([photo(CAT)] * 51, api_name="/batch")
+    (tmp_path / "big.jpg").write_bytes(bytes(16_000_000))
+    with pytest.raises(Exception, match="413|exceed"):
+        client.predict(photo(tmp_path / "big.jpg"), api_name="/caption")
+
+
+def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("/home/user/secret")
+    monkeypatch.setattr(app.TELLER, "tell", fail)
+    assert app.attempt(app.TELLER, [str(CAT)], {}) == ["cat.jpg could not be captioned."]
+    assert "/home/user/secret" in capsys.readouterr().err
+    def refuse(photos):
+        raise ValueError(f"{photos[0]} is odd")
+    monkeypatch.setattr(app.TELLER, "tell", refuse)
+    assert app.attempt(app.TELLER, [str(CAT)], {}) == ["cat.jpg is odd"]
+
+
+def test_curl_captions_as_the_readme_shows(client, address):
+    shown = re.search(r"```bash\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S)[1]
+    shown = shown.replace("http://127.0.0.1:7860", address.rstrip("/"))
+    said = subprocess.run(["bash", "-ec", shown], cwd=ROOT / "space", capture_output=True, text=True, timeout=60).stdout
+    assert client.predict(photo(CAT), api_name="/caption")[0] in said and "event: complete" in said
+
+
+def test_python_captions_as_the_readme_shows(client, address, monkeypatch):
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S)[1]
+    monkeypatch.chdir(ROOT / "space")
+    found = {}
+    exec(shown.replace("http://127.0.0.1:7860", address), found)
+    assert found["caption"] == client.predict(photo(CAT), api_name="/caption")[0] and Path(found["csv_file"]).is_file()
+
+
+def test_only_two_endpoints_are_public(client):
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/caption", "/batch"}
+
+
+def test_words_light_up_where_the_model_looked(app):
+    told = dataclasses.replace(app.TELLER.tell(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc"))
+    page = st.attention_page(CAT, told, app.SQUASH)
+    assert page.count("<input") == page.count("class='veil'") == 3 and page.count(" checked>") == 1
+    assert "&lt;b&gt;" in page and "<b>" not in page and "http" not in page and len(page) < 1_000_000
+    strip = re.search(r"download='neural-storyteller.jpg' href='data:image/jpeg;base64,(.*?)'", page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(strip))).width > 300
+    no_look = dataclasses.replace(told, attention=None)
+    assert "no heat map" in st.attention_page(CAT, no_look)
+    with pytest.raises(ValueError, match="no attention"):
+        st.show_attention(CAT, no_look)
+
+
+def test_a_veil_is_clear_where_the_model_looked_and_dark_elsewhere():
+    weights = np.full((7, 7), 0.01)
+    weights[0, 6] = 0.52  # upper right
+    alpha = np.asarray(st.attention_veil(weights, (70, 35)))[..., 3]
+    assert alpha.shape == (35, 70) and alpha[2, 66] < 20 and alpha[30, 5] > 150
+
+
+def test_on_zerogpu_the_batch_gets_the_gpu_and_elsewhere_nothing_changes(load_app, app, monkeypatch):
+    lent = []
+
+    def lend(task):
+        return lambda *given: lent.append(task.__name__) or task(*given)
+    monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=lend))
+    on_zerogpu = load_app()
+    one = list(on_zerogpu.attempt_many([str(CAT)], {}))
+    assert lent == ["attempt_many"] and app.GPU(max) is max
+    assert one[0][0].caption == next(app.attempt_many([str(CAT)], {}))[0].caption
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def space(tiny_model, tmp_path_factory):
+    return st.build_space(ROOT / "space", tiny_model, tmp_path_factory.mktemp("deploy") / "space")
+
+
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path):
+    source = tmp_path / "space"
+    for path in listing(ROOT / "space"):
+        if not path.startswith("model/") and "__pycache__" not in path:
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            (source / path).write_bytes((ROOT / "space" / path).read_bytes())
+    for stray in (".env", "examples/.env", "__pycache__/app.pyc", "examples/.ipynb_checkpoints/cat.jpg", "last.pt",
+                  "model/model.safetensors", ".gradio/flagged.csv", "examples/.hidden.jpg"):
+        (source / stray).parent.mkdir(parents=True, exist_ok=True)
+        (source / stray).write_text(TOKEN)
+    built = st.build_space(source, tiny_model, tmp_path / "out")
+    examples = [p for p in listing(ROOT / "space") if p.startswith("examples/")]
+    model = [f"model/{name}" for name in ("README.md", "config.json", "model.safetensors", "vocab.json")]
+    own = ["README.md", "app.py", "requirements.txt", "storyteller_utils.py", "style.css"]
+    assert listing(built) == sorted([*own, *examples, *model])
+    with zipfile.ZipFile(built.with_name("space.zip")) as archive:
+        assert sorted(archive.namelist()) == [f"space/{name}" for name in listing(built)]
+        assert all(TOKEN.encode() not in archive.read(name) for name in archive.namelist())
+
+
+def test_building_again_gives_the_same_bytes_and_no_leftovers(tiny_model, tmp_path):
+    first = st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
+    packed = (tmp_path / "space.zip").read_bytes()
+    (first / "stale.txt").write_text("from before")
+    st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
+    with zipfile.ZipFile(tmp_path / "space.zip") as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert (tmp_path / "space.zip").read_bytes() == packed and "stale.txt" not in listing(first)
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("space", "space.zip")] == []
+
+
+def test_a_folder_that_is_no_space_is_left_alone(tiny_model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(st.ArtifactError, match="left as it is"):
+        st.build_space(ROOT / "space", tiny_model, tmp_path)
+    assert listing(tmp_path) == ["thesis.txt"]
+
+
+def test_a_missing_or_unfit_model_is_refused_before_anything_is_written(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "vocab.json", "README.md"):
+        (model / name).write_bytes((tiny_model / name).read_bytes())
+    with pytest.raises(st.ArtifactError, match="model.safetensors"):
+        st.build_space(ROOT / "space", model, tmp_path / "out")
+    (model / "model.safetensors").write_bytes(b"")
+    st.write_json(model / "config.json", {**st.read_json(tiny_model / "config.json"), "backbone": "resnet50"})
+    with pytest.raises(st.ArtifactError, match="backbone.safetensors"):  # resnet50's weights come from no package
+        st.build_space(ROOT / "space", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "space.zip").exists()
+
+
+def test_the_test_scores_go_into_the_copy_that_ships(tiny_model, tmp_path):
+    before = (tiny_model / "README.md").read_bytes()
+    scores = {"CIDEr-D": {"value": 0.5712, "low": 0.55, "high": 0.59}}
+    built = st.build_space(ROOT / "space", tiny_model, tmp_path / "space", scores=scores)
+    assert "| CIDEr-D | 0.571 |" in (built / "model/README.md").read_text(encoding="utf-8")
+    assert st.read_json(built / "model/config.json")["scores"] == scores
+    assert (tiny_model / "README.md").read_bytes() == before
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    yaml = pytest.importorskip("yaml")
+    head = yaml.safe_load((ROOT / "space/README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert head["sdk"] == "gradio" and (ROOT / "space" / head["app_file"]).is_file()
+    colours = "red yellow green blue indigo purple pink gray".split()
+    assert head["colorFrom"] in colours and head["colorTo"] in colours
+    # Unquoted, a version is a number to YAML: 3.10 would be 3.1.
+    assert all(isinstance(head[key], str) for key in ("title", "emoji", "sdk_version", "python_version"))
+    assert head["sdk_version"].startswith("6.") and 0 < len(head["short_description"]) <= 60
+
+
+def test_requirements_name_no_gradio_and_every_example_has_a_licence():
+    required = (ROOT / "space/requirements.txt").read_text().lower()
+    assert not re.search(r"^(gradio|spaces)\b", required, re.M) and {"torch", "torchvision"} <= set(required.split())
+    licences = (ROOT / "space/examples/README.md").read_text(encoding="utf-8")
+    photos = [p for p in (ROOT / "space/examples").iterdir() if p.suffix == ".jpg"]
+    assert len(photos) >= 4 and all(f"`{p.name}`" in licences for p in photos)
+    assert sum(p.stat().st_size for p in photos) < 200_000
+
+
+def test_a_space_starts_without_network_and_captions_its_examples(space, tiny_model):
+    before = listing(space)
+    captions = st.check_space(space)
+    teller = st.Storyteller.from_pretrained(tiny_model)
+    examples = sorted(p for p in (space / "examples").iterdir() if p.suffix == ".jpg")[:2]
+    assert captions == [told.caption for told in teller.tell(examples)]
+    assert listing(space) == before  # no caches left in what is pushed
+
+
+def test_a_space_that_does_not_start_fails_with_its_own_log(space, tmp_path):
+    broken = tmp_path / "space"
+    for name in listing(space):
+        (broken / name).parent.mkdir(parents=True, exist_ok=True)
+        (broken / name).write_bytes((space / name).read_bytes())
+    app = broken / "app.py"
+    app.write_text("import urllib.request\nurllib.request.urlopen('http://192.0.2.1/weights')\n")
+    with pytest.raises(st.ArtifactError, match="must start without the network"):
+        st.check_space(broken)
+    app.write_text("import os, time\nprint('my pid is', os.getpid(), flush=True)\ntime.sleep(60)\n")
+    with pytest.raises(st.ArtifactError, match=r"too long to start[\s\S]*my pid is \d+$") as failed:
+        st.check_space(broken, timeout=1.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(failed.value).split()[-1]), 0)
+
+
+# The Hub -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""
+    from huggingface_hub import constants
+    hub = LocalHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(st.time, "sleep", lambda _: None)
+    yield hub
+    hub.close()
+
+
+def digests(files):
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def private(repo):
+    return repo.get("private", repo.get("visibility") == "private")  # what huggingface_hub 1 and 2 send
+
+
+def on_disk(folder):
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)}
+
+
+def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
+    (space / ".env").write_text(TOKEN)
+    (space / "model/last.pt").write_text("not for the Hub")
+    pushed = st.push_space(space, "me/teller", token=TOKEN)
+    (space / ".env").unlink()
+    (space / "model/last.pt").unlink()
+    repo = hub.repos["space", "me/teller"]
+    assert digests(repo["files"]) == on_disk(space)
+    assert private(repo) and repo["sdk"] == "gradio"
+    assert hub.calls.count("commit") == 1  # all of it or nothing
+    assert pushed == {"address": f"{hub.address}/spaces/me/teller", "commit": "1" * 40, "hardware": "cpu-basic"}
+    assert json.loads(space.with_name("pushed.json").read_text()) == pushed
+    said = capsys.readouterr()
+    assert pushed["address"] in said.out and TOKEN not in said.out + said.err
+
+
+def test_a_second_push_updates_and_removes_what_is_gone(hub, space):
+    st.push_space(space, "me/teller", token=TOKEN, private=False)
+    repo = hub.repos["space", "me/teller"]
+    repo["files"] |= {"model/backbone.safetensors": b"of the captioner before", "notes.md": b"the owner's own"}
+    hub.failures = {"create": [(402, "pay")]}  # updating stays free
+    st.push_space(space, "me/teller", token=TOKEN)
+    assert not private(repo) and repo["files"].pop("notes.md")
+    assert digests(repo["files"]) == on_disk(space)
+
+
+def test_a_free_account_gets_zerogpu_else_a_zip(hub, space, capsys):
+    paid = (402, "hosting Gradio and Docker Spaces on free cpu-basic requires a PRO subscription")
+    hub.failures = {"create": [paid]}
+    assert st.push_space(space, "me/free", token=TOKEN)["hardware"] == "zero-a10g"
+    assert hub.repos["space", "me/free"]["hardware"] == "zero-a10g" and "Trying ZeroGPU" in capsys.readouterr().out
+    space.with_name("pushed.json").unlink()
+    hub.failures = {"create": [paid], "create zero-a10g": [paid]}
+    pushed = st.push_space(space, "me/none", token=TOKEN)
+    assert pushed == {"address": None, "zip": str(space.with_name("space.zip"))} and zipfile.is_zipfile(pushed["zip"])
+    assert not space.with_name("pushed.json").exists() and ("space", "me/none") not in hub.repos
+    assert "Nothing was published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("place", "failure", "advice"), [
+    ("create", (401, f"Invalid credentials {TOKEN}"), "make a new one"),
+    ("create", (403, "You don't have the rights to create a space under the namespace"), "below your own account"),
+    ("commit", (403, "Private repository storage limit reached"), "storage there is full"),
+    ("commit", (429, "Too many requests"), "try again in an hour"),
+    ("commit", (409, "A commit has happened since"), "changed at the same moment")])
+def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(hub, space, capsys, place, failure, advice):
+    space.with_name("pushed.json").unlink(missing_ok=True)
+    hub.failures = {place: [failure] * 9}
+    with pytest.raises(st.ArtifactError, match=advice) as refused:
+        st.push_space(space, "me/teller", token=TOKEN)
+    assert str(failure[0]) in str(refused.value)
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__  # no traceback shows the answer
+    said = capsys.readouterr()
+    assert TOKEN not in str(refused.value) + said.out + said.err
+    assert not hub.repos.get(("space", "me/teller"), {}).get("files")
+    assert not space.with_name("pushed.json").exists()
+
+
+def test_another_space_of_that_name_is_not_overwritten(hub, space):
+    hub.repos["space", "me/other"] = {"files": {"app.py": b"somebody's work", ".gitattributes": b""}}
+    with pytest.raises(st.ArtifactError, match="is taken"):
+        st.push_space(space, "me/other", token=TOKEN)
+    assert set(hub.repos["space", "me/other"]["files"]) == {"app.py", ".gitattributes"}
+
+
+def test_a_dropped_connection_is_tried_again_and_publishes_nothing_by_halves(hub, space, capsys):
+    hub.failures = {"info": ["drop"], "create": ["drop"], "upload": ["drop"], "commit": ["drop", (503, "busy")]}
+    st.push_space(space, "me/shaky", token=TOKEN)
+    assert digests(hub.repos["space", "me/shaky"]["files"]) == on_disk(space)
+    assert "Trying again" in capsys.readouterr().out
+    hub.failures = {"commit": ["drop"] * 99}
+    with pytest.raises(st.ArtifactError, match="4 times in a row the connection broke"):
+        st.push_space(space, "me/gone", token=TOKEN)
+    assert hub.repos["space", "me/gone"]["files"] == {}
+
+
+def test_waiting_ends_when_the_space_runs_or_fails(hub, space):
+    hub.stages = ["BUILDING", "APP_STARTING", "RUNNING"]
+    assert st.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
+    hub.stages = ["BUILDING", "BUILD_ERROR"]
+    with pytest.raises(st.ArtifactError, match="BUILD_ERROR.*logs"):
+        st.push_space(space, "me/teller", token=TOKEN, wait=True)
+
+
+def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in listing(tiny_model):
+        (model / name).write_bytes((tiny_model / name).read_bytes())
+    scores = {"BLEU-4": {"value": 0.22222, "low": 0.2, "high": 0.24}}
+    config = st.read_json(model / "config.json") | {"scores": scores, "scored_on": "test photos"}
+    st.write_json(model / "config.json", config)
+    (model / ".env").write_text(TOKEN)
+    st.push_model(model, "me/captioner", token=TOKEN)
+    repo = hub.repos["model", "me/captioner"]
+    same = ("config.json", "model.safetensors", "vocab.json")
+    assert private(repo) and sorted(repo["files"]) == ["README.md", *same]
+    assert all(digests(repo["files"])[name] == on_disk(model)[name] for name in same)
+    import yaml
+    head = yaml.safe_load(repo["files"]["README.md"].decode().split("---")[1])
+    assert head["pipeline_tag"] == "image-to-text"
+    assert head["model-index"][0]["results"][0]["metrics"][0] == {"type": "bleu-4", "value": 0.2222, "name": "BLEU-4"}
+    loaded = st.Storyteller.from_pretrained("me/captioner")
+    assert loaded.tell(CAT)[0].caption == st.Storyteller.from_pretrained(tiny_model).tell(CAT)[0].caption
+
+
+def test_a_token_comes_from_kaggle_then_from_the_login_then_from_a_person(monkeypatch):
+    import getpass
+
+    import huggingface_hub
+    class Secrets:
+        def get_secret(self, label):
+            return {"HF_TOKEN": "from kaggle\n"}[label]
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=Secrets))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "from login")
+    assert st.find_token() == "from kaggle"
+    def not_attached(*_):
+        raise ConnectionError("no internet")
+    monkeypatch.setattr(Secrets, "get_secret", not_attached)
+    assert st.find_token() == "from login"
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: " from a person ")
+    assert st.find_token() == "from a person"
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(st.ArtifactError, match="settings/tokens"):
+        st.find_token()
+
+
+def test_an_unwatched_notebook_gets_one_message_and_keeps_no_token(hub, space, tmp_path):
+    """Executed as papermill does: nobody can be asked; and a token that there is appears nowhere in what is stored."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = [nbformat.v4.new_code_cell(source) for source in (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport storyteller_utils as st",
+        "try:\n    st.find_token()\nexcept st.ArtifactError as error:\n    print(error)",
+        f"import os; os.environ['HF_TOKEN'] = open({str(tmp_path / 'token')!r}).read()",
+        f"print(st.push_space({str(space)!r}, 'me/notebook'))",
+        f"st.push_space({str(space)!r}, 'me/refused')")]
+    (tmp_path / "token").write_text(TOKEN)
+    hub.failures = {"create": [None, (401, f"no such token: {TOKEN}")]}
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    offline = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    env = {k: v for k, v in os.environ.items() if not k.endswith("TOKEN")} | offline
+    nbclient.NotebookClient(notebook, timeout=60, allow_errors=True, kernel_name="python3").execute(env=env)
+    stored = nbformat.writes(notebook)
+    assert "There is no Hugging Face token" in stored and "spaces/me/notebook" in stored and "make a new one" in stored
+    assert TOKEN not in stored
