@@ -724,6 +724,7 @@ def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 24
 
     Returns the folder, which appears only when all is drawn. Raises FileExistsError where it is there already.
     """
+    from tqdm import tqdm
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: delete it to draw the sample again.")
@@ -731,7 +732,7 @@ def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 24
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
         drawn, rows = Path(unfinished) / folder.name, [("image", "caption")]
         (drawn / "Images").mkdir(parents=True)
-        for i in range(images):
+        for i in tqdm(range(images), desc="drawing", unit="scene", mininterval=1):
             rng, name = random.Random(f"{seed}/{i}"), f"scene_{i + 1:04d}.jpg"
             scene, captions = _choose_scene(rng)
             rows += [(name, caption) for caption in captions]
@@ -1586,7 +1587,9 @@ class Trainer:
     def run(self) -> None:
         """Train all epochs, from last.pt where there is one, and write the best captioner into model/."""
         self.resume()
+        wait_for_all()
         if self.rank == 0:
+            shutil.rmtree(self.out / "model", ignore_errors=True)
             print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
         while self.at["epoch"] < self.recipe["epochs"]:
             self.train_epoch()
@@ -1621,11 +1624,11 @@ class Trainer:
                             "scaler": self.scaler.state_dict()}, temporary)
 
     def resume(self) -> None:
-        """Go on from `resume_from`, or from this folder's own last.pt if the same run left it."""
+        """Go on from `resume_from`, or from this folder's own last.pt if the same run left it before it had a model/."""
         asked = self.settings.resume_from
         path = Path(asked or self.out)
         path = path / "last.pt" if path.is_dir() else path
-        if not asked and not path.is_file():
+        if not asked and ((self.out / "model").is_dir() or not path.is_file()):
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)

@@ -301,6 +301,8 @@ def test_a_backbone_is_known_by_its_weights(drawn, tmp_path):
     first.save(tmp_path / "backbone.safetensors")
     saved = st.load_backbone("resnet50", str(tmp_path / "backbone.safetensors"))
     assert saved.sha256 == first.sha256
+    assert {(t.ndim > 1, t.dtype) for t in st.load_weights(tmp_path / "backbone.safetensors")[0].values()} == {
+        (True, torch.float16), (False, torch.float32)}
     photos = photos_of(drawn, 2)
     assert torch.equal(*(b.prepare(CPU, torch.float32)(photos, 1) for b in (first, saved)))
     assert first.sha256 == saved.sha256  # making it fast does not change who it is

@@ -295,3 +295,14 @@ def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
     np.testing.assert_allclose(deviation, flat.std(0), rtol=1e-4)
     pooled = st.Features(tmp_path / "features.npy", True, torch.device("cpu"))
     np.testing.assert_allclose(pooled[rows][:, 0], array[rows].astype(np.float32).mean(1), atol=4e-3)
+
+
+def test_a_finished_run_is_trained_anew_when_it_is_run_again():
+    run = begin(epochs=2)
+    trained(run)
+    before = (run.out / "last.pt").stat().st_mtime_ns
+    steps = []
+    again = st.Trainer(begin(epochs=2).job())
+    learn, again.train_step = again.train_step, lambda *given: (steps.append(1), learn(*given))
+    again.run()
+    assert len(steps) == 2 * len(again.batches["train"]) and (run.out / "last.pt").stat().st_mtime_ns > before
