@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test demo notebooks clean
+.PHONY: help run test demo notebooks kaggle bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
@@ -53,6 +53,11 @@ demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
 
 notebooks: $(VENV)/test  ## run the notebooks on the sample and store them with their outputs
 	$(BIN)/python tests/store_notebooks.py
+
+kaggle: $(VENV)/run  ## five self-contained notebooks for Kaggle's Import Notebook
+	@set -e; copies=$$(mktemp -d); $(BIN)/python kaggle/push.py --dry-run $$copies; mkdir -p outputs/kaggle; \
+		mv $$copies/*/*.ipynb outputs/kaggle/; rm -r $$copies
+	@echo "outputs/kaggle holds them; kaggle/README.md says what to click."
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) outputs

@@ -1005,12 +1005,17 @@ def _build_resnet50(weights: str) -> Backbone:
     else:
         try:
             # The original project's weights; V2, trained longer, by name.
-            tensors = ResNet50_Weights[weights or "IMAGENET1K_V1"].get_state_dict(check_hash=True)
+            wanted = ResNet50_Weights[weights or "IMAGENET1K_V1"]
         except KeyError:
             raise ValueError(f"backbone_weights is {weights!r}; it must be IMAGENET1K_V1, IMAGENET1K_V2 or the path "
                              "of a .safetensors or .pth file") from None
+        name, inputs = wanted.url.rsplit("/", 1)[1], kaggle_input()
+        attached = next(inputs.rglob(name), None) if inputs else None
+        try:
+            tensors = load_weights(attached)[0] if attached else wanted.get_state_dict(check_hash=True)
         except OSError as error:
-            raise ArtifactError(f"ResNet50's weights could not be downloaded ({error}). Switch the internet on, or set "
+            raise ArtifactError(f"ResNet50's weights could not be downloaded ({error}). Switch the internet on, or add a "
+                                f"dataset that holds {name} ({wanted.url}) to this notebook's inputs, or set "
                                 "backbone_weights to a file (.safetensors or .pth) with them.") from None
     network = resnet50(weights=None)
     network.avgpool, network.fc = nn.Identity(), nn.Identity()
@@ -1545,7 +1550,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
-        """Return the loss a token on the validation captions, and what greedy search tells of the validation photos."""
+        """Return the loss a token on the validation captions, and what beam search tells of the validation photos."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank::self.world]:
@@ -1556,7 +1561,7 @@ class Trainer:
         # Every process tells every world-th photo; some tell one again, so that all tell the same number.
         mine = rows[np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world) % len(rows)]
         ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
-        for i, hypotheses in enumerate(tell_all(self.captioner, self.features, mine, beam_width=1)):
+        for i, hypotheses in enumerate(tell_all(self.captioner, self.features, mine)):
             ids[i, :len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
         told = _gathered(ids).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
         return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
@@ -1945,7 +1950,7 @@ def model_card(config: dict) -> str:
              "# Neural Storyteller", "", f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
              f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.", "",
              f"Trained on {training['photos']:,} photos of {dataset['name']}; the best of {training['epochs']} epochs was "
-             f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (greedy search, "
+             f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (beam search, "
              f"also chose the checkpoint).{drawn}", "",
              *([f"Scores on the {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
                if table else []),
@@ -2205,7 +2210,7 @@ def loss_curves(history):
     right.plot(history["epoch"], history["val_cider"], color="#55a868")
     best = int(history["val_cider"].idxmax())
     right.plot(history["epoch"][best], history["val_cider"][best], "o", color="#55a868")
-    right.set(xlabel="epoch", ylabel="CIDEr-D, greedy, validation", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="CIDEr-D, validation", ylim=(0, None))
     return figure
 
 def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):

@@ -14,12 +14,13 @@ class LocalKaggle(ThreadingHTTPServer):
     fails    slugs of notebooks that end with ERROR
     refuses  slug -> what is said to a push of it
     busy     how many requests are answered by 429 before any other answer
+    drops    names of requests whose next one gets no answer at all
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.pushed, self.calls, self.polled, self.complete = [], [], {}, set()
-        self.running, self.fails, self.refuses, self.busy = 1, set(), {}, 0
+        self.running, self.fails, self.refuses, self.busy, self.drops = 1, set(), {}, 0, set()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def environment(self, home) -> dict[str, str]:
@@ -69,6 +70,10 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         call = self.path.rsplit("/", 1)[1]
         self.server.calls.append(call)
+        if call in self.server.drops:
+            self.server.drops.remove(call)
+            self.close_connection = True
+            return
         known = self.headers.get("Authorization", "").startswith("Basic ")
         status, answer = self.server.answer(call, asked) if known else (401, {"code": 401, "message": "Unauthorized"})
         data = json.dumps(answer).encode()

@@ -21,7 +21,9 @@ def dataset(folder: Path, text, photos=("dog.jpg", "cat.jpg", "sky.jpg"), file: 
     return st.find_dataset(str(folder))
 
 def told(folder: Path, text, **more) -> list[tuple[str, str]]:
-    return st.read_captions(dataset(folder, text, **more)).rows
+    captions = st.read_captions(dataset(folder, text, **more))
+    assert not captions.without_photo and not captions.unread
+    return captions.rows
 
 # What the formats hold
 
@@ -31,12 +33,14 @@ def test_comma_csv_with_quoted_captions_is_read_whole(tmp_path):
                                     ("cat.jpg", "A cat sleeps .")]
 
 def test_commas_without_quotes_stay_in_the_caption(tmp_path):
-    text = "image,caption\ndog.jpg,A dog, wet, runs .\ncat.jpg,Up , up , and away .\n"
-    assert told(tmp_path, text) == [("dog.jpg", "A dog, wet, runs ."), ("cat.jpg", "Up , up , and away .")]
+    text = 'image,caption\ndog.jpg,A dog, wet, runs .\ncat.jpg,Up , up , and away .\nsky.jpg,It says,"up",twice .\n'
+    assert told(tmp_path, text) == [("dog.jpg", "A dog, wet, runs ."), ("cat.jpg", "Up , up , and away ."),
+                                    ("sky.jpg", 'It says,"up",twice .')]
 
 def test_a_photo_name_with_a_comma_may_be_quoted(tmp_path):
-    text = 'image,caption\n"dog, wet.jpg",A dog .\n"dog, wet.jpg","A dog, wet ."\n'
-    assert told(tmp_path, text, photos=["dog, wet.jpg"]) == [("dog, wet.jpg", "A dog ."), ("dog, wet.jpg", "A dog, wet .")]
+    lines = ['"dog, wet.jpg",A dog .', '"dog, wet.jpg","A dog, wet ."', '"dog, wet.jpg",A dog, wet too .']
+    assert told(tmp_path, "\n".join(["image,caption", *lines]), photos=["dog, wet.jpg"]) == [
+        ("dog, wet.jpg", caption) for caption in ("A dog .", "A dog, wet .", "A dog, wet too .")]
 
 def test_captions_without_a_header_keep_their_first_line(tmp_path):
     assert told(tmp_path, "dog.jpg,A dog .\ncat.jpg,A cat .") == [("dog.jpg", "A dog ."), ("cat.jpg", "A cat .")]

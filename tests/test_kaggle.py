@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -142,6 +143,13 @@ def test_too_many_requests_wait_and_go_on_or_give_up_in_the_end(kaggle, monkeypa
     assert len(kaggle.pushed) == 1
 
 
+def test_a_broken_connection_does_not_end_the_wait_and_never_pushes_twice(kaggle):
+    kaggle.drops = {"GetKernelSessionStatus"}
+    assert pushing("--stage", "02_vocab", "--wait") == ""
+    kaggle.drops, kaggle.calls = {"SaveKernel"}, []
+    assert "02_vocab was not pushed: " in pushing("--stage", "02_vocab") and kaggle.calls == ["SaveKernel"]
+
+
 def test_credentials_that_are_missing_or_wrong_say_how_to_get_them(kaggle, monkeypatch):
     monkeypatch.setattr(LocalKaggle, "answer", lambda *_: (401, {"code": 401, "message": "Unauthorized"}))
     assert pushing("--stage", "02_vocab").endswith(push.NO_CREDENTIALS)
@@ -185,10 +193,10 @@ def test_the_space_travels_whole_but_for_the_model_and_no_larger_than_agreed(cop
     assert sum(len(base64.b64decode(data)) for data in photos.values()) <= 200_000
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    wanted = st._space_files(ROOT / "space", Path("model"), Path("module"), {"backbone": "efficientnet_lite0"}).items()
-    wanted = {f"space/{name}": path for name, path in wanted if ROOT in path.parents}
-    assert set(wanted) == {path.as_posix() for path in Path("space").rglob("*") if path.is_file()}
-    assert all(Path(name).read_bytes() == path.read_bytes() for name, path in wanted.items())
+    wanted = {f"space/{name}" for name in ("app.py", "style.css", "README.md", "requirements.txt")}
+    wanted |= {f"space/examples/{path.name}" for path in (ROOT / "space/examples").iterdir()}
+    assert wanted == {path.as_posix() for path in Path("space").rglob("*") if path.is_file()}
+    assert all(Path(name).read_bytes() == (ROOT / name).read_bytes() for name in wanted)
     for stray in ("model/README.md", "__pycache__/app.py", ".env.txt"):
         Path("space", stray).parent.mkdir(exist_ok=True)
         Path("space", stray).write_text("stays here")
@@ -251,25 +259,35 @@ def mount(stage: str, inputs: Path, base: Path) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
+def run_copy(stage: str, copies: Path, base: Path, earlier: list) -> None:
+    """Run a stage's copy in an empty folder, with nothing but what Kaggle would mount, once what it reads is there."""
+    for future in earlier:
+        future.result()
+    working, inputs, copy = base / "working" / stage, base / "inputs" / stage, base / f"{stage}.ipynb"
+    working.mkdir(parents=True)
+    inputs.mkdir(parents=True)
+    mount(stage, inputs, base)
+    before = mounted(inputs)
+    notebook = nbformat.read(copies / stage / copy.name, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("print(st.__file__, *sys.path, sep='\\n')"))
+    nbformat.write(notebook, copy)
+    environment = {**os.environ, "PYTHONPATH": "", "STORYTELLER_KAGGLE_INPUT": str(inputs)}
+    done = subprocess.run([*PAPERMILL, copy, copy], cwd=working, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{stage}: {done.stderr[-3000:]}"
+    assert mounted(inputs) == before, f"{stage} changed its inputs"
+
+
 @pytest.fixture(scope="module")
 def ran(copies, tmp_path_factory):
-    """The five copies, each run by papermill in a folder of its own, with nothing but what Kaggle would mount."""
+    """The five copies, run by papermill, each as soon as what it reads is there."""
     base = tmp_path_factory.mktemp("kaggle")
     st.draw_sample_dataset(base / "dataset", images=40, seed=3)
-    for stage in st.STAGES:
-        working, inputs = base / "working" / stage, base / "inputs" / stage
-        working.mkdir(parents=True)
-        inputs.mkdir(parents=True)
-        mount(stage, inputs, base)
-        before = mounted(inputs)
-        notebook = nbformat.read(copies / stage / f"{stage}.ipynb", 4)
-        notebook.cells.append(nbformat.v4.new_code_cell("print(st.__file__, *sys.path, sep='\\n')"))
-        nbformat.write(notebook, base / f"{stage}.ipynb")
-        environment = {**os.environ, "PYTHONPATH": "", "STORYTELLER_KAGGLE_INPUT": str(inputs)}
-        done = subprocess.run([*PAPERMILL, base / f"{stage}.ipynb", base / f"{stage}-ran.ipynb"], cwd=working,
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{stage}: {done.stderr[-3000:]}"
-        assert mounted(inputs) == before, f"{stage} changed its inputs"
+    with ThreadPoolExecutor() as pool:
+        running = {}
+        for stage, reads in st.STAGES.items():
+            running[stage] = pool.submit(run_copy, stage, copies, base, [running[earlier] for earlier in reads])
+    for future in running.values():
+        future.result()
     return base
 
 
@@ -280,7 +298,7 @@ def test_the_copies_run_in_kaggles_layout_without_the_repository(ran):
         assert manifest["dataset"]["photos"] == 40 and not manifest["dataset"]["sample"]
         assert [path.name for path in (ran / "working" / stage / "outputs").iterdir()] == [stage]
         assert manifest["module"] == st.sha256(ran / "working" / stage / "storyteller_utils.py")
-        printed = nbformat.read(ran / f"{stage}-ran.ipynb", 4).cells[-1].outputs[0]["text"].splitlines()
+        printed = nbformat.read(ran / f"{stage}.ipynb", 4).cells[-1].outputs[0]["text"].splitlines()
         assert (ran / "working" / stage / printed[0]).resolve() == ran / "working" / stage / "storyteller_utils.py"
         assert str(ROOT) not in printed
 

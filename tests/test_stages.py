@@ -237,14 +237,16 @@ def test_the_backbone_follows_from_the_dataset(here, data, monkeypatch):
     (TRAIN, "dropout", 1.0), (TRAIN, "accumulate", 0), (TRAIN, "select_by", "bleu"),
     (EVALUATE, "split", "dev"), (EVALUATE, "beam_width", 0), (EVALUATE, "length_preference", -1.0),
     (DEPLOY, "space_id", "just-a-name"), (DEPLOY, "private", "maybe"), (DEPLOY, "private", True)])
-def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, stage, setting, value):
+def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, monkeypatch, stage, setting, value):
+    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)  # where it fails, it shall fail soon
     with pytest.raises(ValueError) as error:
         st.start(stage, **{setting: value})
     assert setting in str(error.value) and repr(value) in str(error.value)
     assert not (here / "outputs").exists()
 
 @pytest.mark.parametrize("stage", st.STAGES)
-def test_an_unknown_setting_is_refused_by_its_name(here, stage):
+def test_an_unknown_setting_is_refused_by_its_name(here, monkeypatch, stage):
+    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
     with pytest.raises((ValueError, TypeError), match="bacth_size"):
         st.start(stage, bacth_size=3)
 
@@ -304,6 +306,7 @@ def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
     ("cuda", (8, 9), "", "auto", torch.bfloat16),  # L4
     ("cuda", (10, 0), "", "auto", torch.bfloat16),  # B200
     ("cuda", (7, 5), "flags : avx512_bf16 amx_bf16", "auto", torch.float16),  # the processor's flags are not the GPU's
+    ("cuda", (6, 0), "flags : avx512_bf16 amx_bf16", "auto", torch.float32),
     ("cpu", (0, 0), "flags : fpu avx2", "auto", torch.float32),
     ("cpu", (0, 0), "flags : fpu avx512_bf16", "auto", torch.bfloat16),
     ("cpu", (0, 0), "flags : amx_bf16 fpu", "auto", torch.bfloat16),
@@ -322,7 +325,7 @@ def test_precision_follows_from_the_hardware_unless_it_is_given(device, capabili
 def test_importing_the_module_is_silent_touches_no_disk_and_loads_torch_and_numpy_only(here):
     program = ("import sys, storyteller_utils\n"
                "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub rouge_score safetensors'\n"
-               "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules))")
+               "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules) or 0)")
     result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=here,
                             env={**os.environ, "PYTHONPATH": str(Path(st.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
