@@ -92,7 +92,7 @@ def write_json(path: Path | str, value) -> None:
 def read_json(path: Path | str) -> dict:
     """Read a JSON object; ArtifactError says which file is missing or broken."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is missing or is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
@@ -147,7 +147,9 @@ def find_artifact(stage: str) -> Artifact:
     if len(found) > 1:
         raise ArtifactError(f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
                             "inputs:\n  " + "\n  ".join(map(str, sorted(found))))
-    manifest = read_json(found[0] / "manifest.json")
+    manifest = {}
+    with contextlib.suppress(ArtifactError):
+        manifest = read_json(found[0] / "manifest.json")
     if manifest.get("stage") != stage or not manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}:
         raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}. Run {stage}.ipynb again.")
     for name, entry in manifest["files"].items():
@@ -201,7 +203,7 @@ class Run:
         facts  JSON values that the next stages, or a person, want to know
         """
         files = {p.relative_to(self.out).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-                 for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "."}
+                 for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "." and p != self.out / "manifest.json"}
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
         decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
         write_json(self.out / "manifest.json", {
@@ -533,9 +535,10 @@ def read_captions(dataset: Dataset) -> Captions:
 
 def _parse_json(text: str, path: Path) -> tuple[list, list]:
     try:
-        return [(image["filename"], " ".join(sentence["raw"].split()))
-                for image in json.loads(text)["images"] for sentence in image["sentences"]], []
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [(str(image["filename"]), " ".join(sentence["raw"].split()))
+                for image in json.loads(text)["images"] for sentence in image["sentences"]]
+        return [row for row in rows if all(row)], [(i, "no caption") for i, row in enumerate(rows, 1) if not all(row)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not Karpathy's JSON (images[].filename, .sentences[].raw): {error!r}") from None
 
 def _parse_lines(text: str) -> tuple[list, list]:
@@ -557,9 +560,10 @@ def _parse_lines(text: str) -> tuple[list, list]:
 
 def _split_comma(line: str) -> tuple[str, str]:
     # One line at a time: a quote that is never closed cannot swallow the lines after it.
-    fields = next(csv.reader([line]))
-    if len(fields) == 2 or line.startswith('"'):
-        return fields[0], ",".join(fields[1:])
+    with contextlib.suppress(csv.Error):  # a field of over 131,072 characters
+        fields = next(csv.reader([line]))
+        if len(fields) == 2 or line.startswith('"'):
+            return fields[0], ",".join(fields[1:])
     name, _, caption = line.partition(",")  # a caption with commas, but without quotes around it
     return name, caption
 
@@ -598,7 +602,8 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
         for name in listed:
             if where.setdefault(name, split) != split:
                 raise ArtifactError(f"{splits} puts {name} into both {where[name]} and {split}.")
-    known = {name: where.get(name) or where.get(Path(name).name) for name in names}
+    by_file = {Path(name).name: split for name, split in where.items()}
+    known = {name: where.get(name) or by_file.get(Path(name).name) for name in names}
     for split in ("train", "val"):
         if split not in known.values():
             raise ArtifactError(f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed).")
@@ -608,13 +613,14 @@ def _split_lists(path: Path) -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     if path.is_file():
         for image in read_json(path).get("images", []):
-            lists["train" if image["split"] == "restval" else image["split"]].append(image["filename"])
+            split = "train" if image.get("split") == "restval" else image.get("split")
+            lists.setdefault(split, []).append(image.get("filename", ""))
     for split, others in {"train": "train", "val": "dev", "test": "test"}.items():
         for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
             if file.is_file():
                 lists[split] += file.read_text(encoding="utf-8-sig").split("\n")
         lists[split] = [name.strip() for name in lists[split] if name.strip()]
-    if not lists["train"] or not lists["val"]:
+    if not lists["train"] or not lists["val"] or lists.keys() > {"train", "val", "test"}:
         raise ArtifactError(f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
                             "lists, or to be Karpathy's JSON file.")
     return lists
@@ -864,21 +870,25 @@ def open_photo(source) -> Tensor:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
         if image is data or image.format != "JPEG" or image.mode not in ("RGB", "L") or image.getexif().get(0x0112, 1) != 1:
             return _pil_photo(image)
-        # Ordinary JPEGs: 1.4 times as fast as Pillow's decoder, and other threads of Python run meanwhile.
-        from torchvision.io import ImageReadMode, decode_jpeg
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        with contextlib.suppress(ImportError):  # torchvision has announced that it will drop this
+            # Ordinary JPEGs: 1.4 times as fast as Pillow's decoder, and other threads of Python run meanwhile.
+            from torchvision.io import ImageReadMode, decode_jpeg
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return _pil_photo(image)
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
     except Exception as error:  # for broken files, Pillow and torchvision raise nearly everything there is
-        reason = re.sub(r"<_io.BytesIO[^>]*>|decode_jpeg, \S+, ", "this file", str(error)) or type(error).__name__
-        raise ValueError(f"{name} cannot be read: {reason}") from None
+        reason = re.sub(r"<_io.BytesIO[^>]*>", "this file", re.sub(r"decode_jpeg, \S+, ", "", str(error)))
+        raise ValueError(f"{name} cannot be read: {reason or type(error).__name__}") from None
 
 def _pil_photo(image) -> Tensor:
     from PIL import Image, ImageOps
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(SyntaxError):  # EXIF that is broken says nothing of the pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits a level; Pillow would cut them off at 255
         levels = np.asarray(image, np.float32).clip(0)
-        image = Image.fromarray((levels * (255 / (65535 if levels.max() > 255 else 255))).clip(0, 255).astype(np.uint8))
+        top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
+        image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -984,10 +994,10 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("model", tensors.get("state_dict", tensors))
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError("it holds something else than tensors")
+        if not tensors or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+            raise ValueError("it holds something else than named tensors")
     except Exception as error:  # safetensors, zipfile and unpickler each have their own
-        raise ArtifactError(f"{path} holds no weights that can be read safely: {str(error).splitlines()[0][:200]}") from None
+        raise ArtifactError(f"{path} holds no weights that can be read safely: {(str(error) or repr(error)).splitlines()[0][:200]}") from None
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
 
 def save_weights(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -1090,8 +1100,8 @@ def extract_worker(job: dict) -> None:
     shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
-        print(f"{backbone.name} on {world} x {device.type}, {reason}; {sum(s.is_file() for s in shards) * size:,} photos were "
-              "done before", file=sys.stderr)
+        done = f"; {len(shards) - len(left)} of {len(shards)} batches were done before" if world == 1 else ""
+        print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
     backbone.prepare(device, dtype)
     paths = [[dataset.photos[name] for name in names[i * size:(i + 1) * size]] for i in left]
     with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
@@ -1102,6 +1112,7 @@ def extract_worker(job: dict) -> None:
             bar.update(len(notes))
     wait_for_all()
     if rank == 0:
+        (out / "backbone.safetensors").unlink(missing_ok=True)  # an earlier run's
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
         _join_shards(shards, names, out)
@@ -1310,7 +1321,8 @@ class AttentionLSTM(nn.Module):
     def _advance(self, embedded: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         context, weights = self.look(state["hidden"], state)
         hidden, cell = self.lstm(torch.cat([embedded, context.to(embedded.dtype)], -1), (state["hidden"], state["cell"]))
-        return torch.cat([hidden, context, embedded.to(hidden.dtype)], -1), state | {"hidden": hidden, "cell": cell, "weights": weights}
+        state = state | {"hidden": hidden, "cell": cell, "weights": weights}
+        return torch.cat([hidden, context, embedded.to(hidden.dtype)], -1), state
 
     def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Read one word each (B,); return the logits of the next (B, V) and the new state, with where it looked."""
@@ -1724,7 +1736,8 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
             return told
         rows = (parent + torch.arange(len(alive), device=parent.device)[:, None] * beam_width)[~done].flatten()
         state = {name: tensor[rows] for name, tensor in state.items()}
-        alive, ids, scores, words, pool_ids, pool_scores = (x[~done] for x in (alive, ids, scores, words, pool_ids, pool_scores))
+        alive, ids, scores, words = alive[~done], ids[~done], scores[~done], words[~done]
+        pool_ids, pool_scores = pool_ids[~done], pool_scores[~done]
     return told
 
 def _extend(scores: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -2194,15 +2207,21 @@ def copied_share(hypotheses: list[Words], train_references: list[list[Words]]) -
 # 11. Showing
 # ---------------------------------------------------------------------------------------------------------------------
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """Return a figure and its axes that no window manager and no notebook draws by itself."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Return a matplotlib Figure of so many inches and its axes; a notebook shows it as a small JPEG, and nothing else does."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
+
+    class Picture(Figure):
+        def _repr_jpeg_(self) -> bytes:
+            self.savefig(buffer := io.BytesIO(), format="jpeg", dpi=60, pil_kwargs={"quality": 75})
+            return buffer.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 def loss_curves(history):
     """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a matplotlib Figure."""
-    figure, (left, right) = _figure(9, 3, 1, 2)
+    figure, (left, right) = new_figure(9, 3, 1, 2)
     left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
     left.plot(history["epoch"], history["val_loss"], label="validation")
     left.set(xlabel="epoch", ylabel="negative log-likelihood a token")
@@ -2225,7 +2244,7 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     rows = math.ceil(len(photos) / columns)
     wrapped = ["\n".join(textwrap.fill(line, 34) for line in text.splitlines()) for text in texts]
     tallest = max(text.count("\n") + 1 for text in wrapped)
-    figure, axes = _figure(3 * columns, rows * (2.6 + 0.16 * tallest), rows, columns)
+    figure, axes = new_figure(3 * columns, rows * (2.6 + 0.16 * tallest), rows, columns)
     for place, axis in enumerate(np.ravel(axes)):
         axis.axis("off")
         if place < len(photos):
@@ -2288,7 +2307,7 @@ def show_attention(image, telling: Telling, preprocessing: str = "squash"):
         raise ValueError("This captioner takes in the whole photo at once: it has no attention to show.")
     view, columns = _seen(image, preprocessing, 320), min(6, len(telling.words))
     rows = math.ceil(len(telling.words) / columns)
-    figure, axes = _figure(1.9 * columns, (1.9 * view.height / view.width + 0.3) * rows, rows, columns)
+    figure, axes = new_figure(1.9 * columns, (1.9 * view.height / view.width + 0.3) * rows, rows, columns)
     for place, axis in enumerate(np.ravel(axes)):
         axis.axis("off")
         if place < len(telling.words):

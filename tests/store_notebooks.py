@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,7 +37,8 @@ def main() -> None:
             path = Path(folder, "notebooks", f"{stage}.ipynb")
             subprocess.run([Path(sys.executable).with_name("papermill"), path, path, "--no-progress-bar"], cwd=folder, check=True)
             nbformat.write(cleaned(nbformat.read(path, 4)), ROOT / "notebooks" / path.name)
-        shutil.copy(Path(folder, "outputs/04_evaluate/sheet.png"), ROOT / "notebooks")  # the README's picture
+        sheet = Image.open(Path(folder, "outputs/04_evaluate/sheet.png")).convert("RGB")  # the README's picture
+        sheet.save(ROOT / "notebooks/sheet.jpg", quality=80)
 
 
 if __name__ == "__main__":

@@ -260,10 +260,9 @@ def test_every_stage_has_settings_whose_defaults_are_allowed(stage):
 
 def test_a_file_is_replaced_whole_or_not_at_all(here):
     st.write_text("note.txt", "old")
-    with pytest.raises(KeyboardInterrupt):
-        with st.replacing("note.txt") as temporary:
-            temporary.write_text("half of the n")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), st.replacing("note.txt") as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
     assert Path("note.txt").read_text() == "old" and os.listdir() == ["note.txt"]
     st.write_text("note.txt", "new")
     assert Path("note.txt").read_text() == "new" and os.listdir() == ["note.txt"]
