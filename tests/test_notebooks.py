@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -83,8 +84,8 @@ def test_stored_outputs_are_there_and_hold_no_error_no_path_and_no_timing(cells)
         assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|kaggle|Users)/|it/s\]|photo/s", text), text
 
 
-def test_an_unknown_parameter_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_an_unknown_parameter_is_refused(tmp_path):
+    shutil.copy(ROOT / "storyteller_utils.py", tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match="has no parameter min_cuont"):
         papermill.execute_notebook(NOTEBOOKS["02_vocab"], tmp_path / "out.ipynb", {"min_cuont": 3}, progress_bar=False,
                                    cwd=str(tmp_path))

@@ -1,6 +1,7 @@
 """The five notebooks by papermill, in an empty folder, on the drawn sample; and a small run on real photos."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,13 @@ def test_the_card_that_ships_has_the_test_scores(inside):
         "outputs/05_deploy/space/model/README.md").read_text()
 
 
-def test_the_terminal_and_the_usage_example_tell_the_sample(inside):
+def test_the_readmes_usage_example_runs_as_shown(inside):
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    told = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert re.fullmatch(r"([A-Z][^\n]+\. -\d+\.\d+\n){2}", told.stdout), told.stderr
+
+
+def test_the_terminal_tells_what_the_module_tells(inside):
     photo = next(Path("outputs/sample_dataset/Images").glob("*.jpg"))
     caption = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell(photo, beam_width=5)[0].caption
     told = subprocess.run([sys.executable, "storyteller_utils.py", "tell", photo], capture_output=True, text=True)
@@ -119,9 +126,9 @@ def test_the_stored_notebooks_show_what_they_still_print(executed):
 
 
 def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
-    """Six hundred photos of Flickr8k, ResNet50, two epochs: far from good, but it looks at the photo."""
+    """Four hundred photos of Flickr8k, ResNet50, two epochs: far from good, but it looks at the photo."""
     copy_project(tmp_path)
-    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 600}
+    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 400}
     papermill(tmp_path, "01_extract_features", backbone="resnet50", backbone_weights=shared / "weights" /
               "resnet50_stride_in_1x1.safetensors", **photos)
     papermill(tmp_path, "02_vocab", **photos)

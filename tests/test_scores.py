@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 import tarfile
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -137,16 +136,6 @@ def test_cider_d_scores_several_samples_of_any_photos_in_any_order():
     assert scorer.score([], []).shape == (0,)
     with pytest.raises(ValueError, match="3 captions for 50 photos"):
         scorer.score(hypotheses[:3])
-
-
-def test_cider_d_is_several_times_faster_than_pycocoevalcap():
-    from pycocoevalcap.cider.cider import Cider
-    hypotheses, references = photos(1000)
-    texts = joined(hypotheses, references)
-
-    def seconds(function):
-        return min((start := time.perf_counter(), function(), time.perf_counter() - start)[2] for _ in range(3))
-    assert seconds(lambda: Cider().compute_score(*texts)) > 3 * seconds(lambda: st.CiderD(references).score(hypotheses))
 
 
 # METEOR and WordNet
