@@ -54,6 +54,9 @@ demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
 notebooks: $(VENV)/test  ## run the notebooks on the sample and store them with their outputs
 	$(BIN)/python tests/store_notebooks.py
 
+bench: $(VENV)/test  ## every step against how published notebooks do it, on this machine
+	$(BIN)/python tests/bench/bench.py
+
 kaggle: $(VENV)/run  ## five self-contained notebooks for Kaggle's Import Notebook
 	@set -e; copies=$$(mktemp -d); $(BIN)/python kaggle/push.py --dry-run $$copies; mkdir -p outputs/kaggle; \
 		mv $$copies/*/*.ipynb outputs/kaggle/; rm -r $$copies

