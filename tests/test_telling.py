@@ -13,29 +13,31 @@ import storyteller_utils as st
 
 
 class Chain:
-    """A captioner whose next word depends on the photo, the last word and the place, by random tables."""
+    """A captioner whose next word depends on the photo, the place and the last two words, by random tables."""
 
     def __init__(self, vocabulary: int, photos: int, end: float = 0.0, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         self.table = 2 * torch.randn(photos, 40, vocabulary, vocabulary, generator=generator)
+        self.earlier = torch.randn(vocabulary, vocabulary, generator=generator)
         self.table[..., st.END] += end
 
     def start(self, features):
         photo = features[:, 0, 0].long()
-        return {"photo": photo, "place": torch.zeros_like(photo)}
+        return {"photo": photo, "place": torch.zeros_like(photo), "earlier": torch.zeros_like(photo)}
 
     def step(self, words, state):
-        logits = self.table[state["photo"], state["place"], words]
-        return logits, {"photo": state["photo"], "place": state["place"] + 1}
+        logits = self.table[state["photo"], state["place"], words] + self.earlier[state["earlier"]]
+        return logits, {"photo": state["photo"], "place": state["place"] + 1, "earlier": words}
 
 
 def photos(count):
     return torch.arange(count, dtype=torch.float32)[:, None, None]
 
 
-def log_probs(chain, photo, place, word):
-    """What the search may choose from: the probabilities as they are, but never <pad>, <start> or <unk>."""
-    row = chain.table[photo, place, word].log_softmax(-1).clone()
+def log_probs(chain, photo, ids):
+    """What the search may choose from after `ids`: the probabilities as they are, but never <pad>, <start> or <unk>."""
+    earlier, last = ([0, st.START] + list(ids))[-2:]
+    row = (chain.table[photo, len(ids), last] + chain.earlier[earlier]).log_softmax(-1)
     row[[st.PAD, st.START, st.UNK]] = -math.inf
     return row
 
@@ -47,8 +49,7 @@ def exhaustive(chain, photo, max_length, preference):
     for length in range(max_length):
         for middle in itertools.product(words, repeat=length):
             ids = [*middle, st.END]
-            total = sum(float(log_probs(chain, photo, place, before)[after])
-                        for place, (before, after) in enumerate(itertools.pairwise([st.START, *ids])))
+            total = sum(float(log_probs(chain, photo, ids[:place])[word]) for place, word in enumerate(ids))
             score = total / len(ids) ** preference
             best = max(best, (ids, score), key=lambda one: one[1])
     return best
@@ -60,7 +61,7 @@ def plain_beam(chain, photo, width, preference, max_length):
     for length in range(1, max_length + 1):
         found = []
         for ids, total in beams:
-            row = log_probs(chain, photo, length - 1, ids[-1] if ids else st.START)
+            row = log_probs(chain, photo, ids)
             found += [([*ids, word], total + float(row[word])) for word in range(len(row)) if row[word] > -math.inf]
         found.sort(key=lambda one: -one[1])
         going = [one for one in found if one[0][-1] != st.END][:width]
@@ -99,7 +100,7 @@ def test_width_one_takes_the_likeliest_word_each_time():
     for photo, (hypothesis,) in enumerate(st.beam_search(chain, photos(8), beam_width=1, max_length=15)):
         word, ids = st.START, []
         while word != st.END and len(ids) < 15:
-            word = int(log_probs(chain, photo, len(ids), word).argmax())
+            word = int(log_probs(chain, photo, ids).argmax())
             ids.append(word)
         assert hypothesis.ids == ids
 
@@ -113,8 +114,10 @@ def test_photos_in_a_batch_do_not_influence_each_other():
 
 def test_a_model_that_never_ends_is_still_told():
     chain = Chain(vocabulary=9, photos=3, end=-1e9)
-    for hypotheses in st.beam_search(chain, photos(3), max_length=6):
-        assert len(hypotheses[0].ids) == 6 and math.isfinite(hypotheses[0].score)
+    for photo, hypotheses in enumerate(st.beam_search(chain, photos(3), max_length=6)):
+        plain = plain_beam(chain, photo, 5, st.LENGTH_PREFERENCE, 6)
+        assert [h.ids for h in hypotheses] == [ids for ids, _ in plain] and len(hypotheses[0].ids) == 6
+        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in plain], abs=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -138,7 +141,7 @@ def test_samples_follow_the_captioners_probabilities():
     chain = Chain(vocabulary=8, photos=1)
     told = st.sample_captions(chain, torch.zeros(4000, 1, 1), seed=1, max_length=1)
     counts = np.bincount([h[0].ids[0] for h in told], minlength=8) / 4000
-    assert counts == pytest.approx(log_probs(chain, 0, 0, st.START).softmax(-1).numpy(), abs=0.03)
+    assert counts == pytest.approx(log_probs(chain, 0, []).softmax(-1).numpy(), abs=0.03)
     again = st.sample_captions(chain, torch.zeros(4000, 1, 1), seed=1, max_length=1)
     assert [h[0].ids for h in told] == [h[0].ids for h in again]
 
