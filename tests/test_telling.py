@@ -26,7 +26,8 @@ class Chain:
         return {"photo": photo, "place": torch.zeros_like(photo), "earlier": torch.zeros_like(photo)}
 
     def step(self, words, state):
-        logits = self.table[state["photo"], state["place"], words] + self.earlier[state["earlier"]]
+        photo = state["photo"].repeat_interleave(len(words) // len(state["photo"]))
+        logits = self.table[photo, state["place"], words] + self.earlier[state["earlier"]]
         return logits, {"photo": state["photo"], "place": state["place"] + 1, "earlier": words}
 
 
