@@ -51,8 +51,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "05_deploy": ("03_train_dual_t4", "04_evaluate"),
 }
 OUTPUTS = Path("outputs")
-# Where a dataset or a file lies on this machine says nothing about what was computed from it.
-LOCATIONS = {"dataset_dir", "splits", "backbone_weights", "resume_from", "space_id"}
+# Where a dataset or a file lies, and who computes for how long, says nothing about what is computed.
+LOCATIONS = {"dataset_dir", "splits", "backbone_weights", "resume_from", "space_id", "max_hours", "machines", "rendezvous"}
 
 class ArtifactError(RuntimeError):
     """A file or folder that is missing, broken or does not fit; the message says which, and what to do next."""
@@ -142,8 +142,12 @@ def find_artifact(stage: str) -> Artifact:
             found += [Path(folder)] if Path(folder).name == stage else []
             folders.clear()
     if not found:
-        raise ArtifactError(f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb"
-                            " first; on Kaggle, add its output as an input of this notebook.")
+        left = [p for p in (OUTPUTS, inputs) if p and any(p.rglob(f"{stage}/unfinished.json"))]
+        raise ArtifactError(
+            f"{stage} stopped before it was finished (unfinished.json in {left[0]}). Run {stage}.ipynb again: it goes on "
+            "where it stopped." if left else
+            f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb first; on Kaggle, "
+            "add its output as an input of this notebook.")
     if len(found) > 1:
         raise ArtifactError(f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
                             "inputs:\n  " + "\n  ".join(map(str, sorted(found))))
@@ -192,16 +196,22 @@ class Run:
 
     def job(self) -> dict:
         """Describe this run to a worker process: JSON, no object of the notebook's."""
-        return {"settings": dataclasses.asdict(self.settings), "out": str(self.out.resolve()),
-                "dataset": self.dataset and str(self.dataset.folder.resolve()),
-                "reads": {stage: str(artifact.folder.resolve()) for stage, artifact in self.reads.items()},
+        return {"settings": dataclasses.asdict(self.settings), "out": str(self.out),
+                "dataset": self.dataset and str(self.dataset.folder),
+                "reads": {stage: str(artifact.folder) for stage, artifact in self.reads.items()},
                 "editions": {stage: artifact.manifest["edition"] for stage, artifact in self.reads.items()}}
 
     def finish(self, **facts) -> None:
         """Write manifest.json, which makes the stage finished, and say what it leaves for which notebook.
 
         facts  JSON values that the next stages, or a person, want to know
+
+        A line with seconds, peak memory and the facts stays in outputs/<stage>.txt. A stage that was stopped half-way
+        (unfinished.json) gets no manifest.
         """
+        if (self.out / "unfinished.json").is_file():
+            print(f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped.")
+            return
         files = {p.relative_to(self.out).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
                  for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "." and p != self.out / "manifest.json"}
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
@@ -212,9 +222,17 @@ class Run:
             "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
             "seconds": round(time.time() - self.started, 1), "module": sha256(Path(__file__)),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}})
+        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if len(str(v)) < 40)
+        write_text(OUTPUTS / f"{self.stage}.txt", f"{self.stage}: {time.time() - self.started:.0f} s, at most "
+                   f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n")
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         print(f"{self.out} now holds {', '.join(sorted({name.split('/')[0] for name in files}))}.")
         print(f"Next: {after}.ipynb." if after else "That was the last stage.")
+
+def peak_memory() -> int:
+    """Return the most memory, in bytes, that this process or one that it waited for has held."""
+    import resource
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 def start(stage: str, **settings) -> Run:
     """Begin a stage: check its settings (fields of its class in section 2), find its dataset, mark it unfinished."""
@@ -238,16 +256,24 @@ def start(stage: str, **settings) -> Run:
 def launch(command: str, run: Run, processes: int = 0) -> None:
     """Run the worker `command` ("extract" or "train") for `run`: torchrun with one process a GPU, or one plain process.
 
-    processes  0: as many as there are GPUs, at least one
+    processes  on this machine; 0: as many as there are GPUs, at least one
 
-    The notebook's own process never touches CUDA. A worker's failure is raised here under the same message.
+    With `machines` above 1, the first waits here for the others, on each of which the printed command is run, in a copy of
+    the project's folder with its outputs/. The notebook's own process never touches CUDA. A worker's failure is raised
+    here under the same message.
     """
     job, failure = run.out / ".job.json", run.out / ".failure.json"
     write_json(job, run.job())
     failure.unlink(missing_ok=True)
-    processes = processes or max(1, torch.cuda.device_count())
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    print("$ python", *torchrun, "storyteller_utils.py", command, job)
+    processes, machines = processes or max(1, torch.cuda.device_count()), getattr(run.settings, "machines", 1)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--nnodes={machines}"]
+    if machines > 1:
+        torchrun += ["--node-rank=0", "--rdzv-backend=static", f"--rdzv-endpoint={run.settings.rendezvous}"]
+    else:
+        torchrun = [*torchrun, "--standalone"] if processes > 1 else []
+    for rank in range(machines):
+        others = [word.replace("rank=0", f"rank={rank}") for word in torchrun]
+        print(f"{f'machine {rank}: ' if machines > 1 else ''}$ python", *others, Path(__file__).name, command, job)
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "STORYTELLER_FAILURE": str(failure.resolve())}
     worker = subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
@@ -260,14 +286,14 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
     finally:
         worker.terminate()  # where this notebook was stopped, its worker stops too
         status = worker.wait()
-        job.unlink(missing_ok=True)
-    if failure.is_file():
-        told = read_json(failure)
-        failure.unlink()
+    told = read_json(failure) if failure.is_file() else {}
+    failure.unlink(missing_ok=True)
+    killed = status in (-9, 137) or "SIGKILL" in tail  # what the others say then is only that they lost one
+    if told and not killed:
         raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(told["type"], RuntimeError)(told["message"])
     if status:
-        killed = " (killed, often for want of memory)" if status in (-9, 137) else ""
-        raise RuntimeError(f"The {command} process ended with status {status}{killed}. Run this notebook again: it goes on "
+        why = " (one was killed, often for want of memory)" if killed else ""
+        raise RuntimeError(f"The {command} process ended with status {status}{why}. Run this notebook again: it goes on "
                            f"where it stopped.\n{tail}")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,13 +358,18 @@ class TrainSettings:
     accumulate: int = 1
     select_by: str = "cider"
     precision: str = "auto"
+    max_hours: float = 0.0
+    machines: int = 1
+    rendezvous: str = ""
     resume_from: str = ""
     seed: int = 13
 
     def __post_init__(self):
         _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
                max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
-               select_by=["cider", "loss"], precision=PRECISIONS)
+               select_by=["cider", "loss"], precision=PRECISIONS, max_hours=(0, BIG), machines=(1, 1024))
+        if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
+            raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
 
     def resolved(self) -> dict:
         """Return the recipe with every parameter that was set put in its place."""
@@ -1411,6 +1442,7 @@ RECIPES = {
              "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05},
 }
 CHECKPOINT_SECONDS = 300
+KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
 def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
@@ -1509,6 +1541,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         # What last.pt holds besides weights: epochs done; steps, negative log-likelihood, tokens and seconds of this one.
         self.at = {"epoch": 0, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
+        self.editions, self.saved, self.stop = job["editions"], time.monotonic(), ""
+        hours = self.settings.max_hours or (KAGGLE_HOURS if kaggle_input() else math.inf)
+        self.deadline = time.monotonic() + 3600 * hours
         self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
         decided = {name: value for name, value in job["settings"].items() if name not in LOCATIONS}
         self.key = sha256([self.recipe, decided, str(self.precision), job["editions"]])
@@ -1538,7 +1573,7 @@ class Trainer:
                 loss, likelihood = self._loss("train", part, self.model, self.recipe["label_smoothing"])
                 # It averages the gradients: times the number of processes, their sum is back.
                 self.scaler.scale(loss * (weight * self.world / tokens)).backward()
-            self.at["likelihood"] += float(likelihood) * weight
+            self.at["likelihood"] += likelihood.double() * weight  # a tensor: a number would have to wait for the GPU
         self.at["tokens"] += tokens
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.scaler.unscale_(self.optimizer)
@@ -1555,23 +1590,36 @@ class Trainer:
 
     # One epoch
 
-    def train_epoch(self) -> None:
-        """Go through the rest of the present epoch, with a checkpoint every few minutes."""
+    def train_epoch(self) -> bool:
+        """Go through the rest of the present epoch, with a checkpoint every few minutes; False if it was told to stop."""
         from tqdm import tqdm
         self.model.train()
         batches = self.batches["train"].epoch(self.settings.seed, self.at["epoch"])
-        clock = saved = time.monotonic()
+        clock = time.monotonic()
         for batch in tqdm(batches[self.at["step"]:], desc=f"epoch {self.at['epoch'] + 1}/{self.recipe['epochs']}",
                           unit="batch", disable=self.rank > 0, mininterval=2, leave=False):
             self.train_step(batch, self.at["epoch"] * len(batches) + self.at["step"])
             now = time.monotonic()
             self.at["step"], self.at["seconds"], clock = self.at["step"] + 1, self.at["seconds"] + now - clock, now
-            if now - saved > CHECKPOINT_SECONDS:
-                self.save()
-                saved = now
-        if not math.isfinite(self.at["likelihood"]):
-            raise ArtifactError(f"The loss became {self.at['likelihood']} in epoch {self.at['epoch'] + 1}. Try learning_rate="
+            if self.at["step"] % (1 if self.world == 1 else 10) == 0:
+                # All processes save, or stop, after the same step.
+                late = now > self.deadline
+                wishes = torch.tensor([bool(self.stop) or late, now - self.saved > CHECKPOINT_SECONDS], device=self.device)
+                stop, due = _gathered(wishes.int()).amax(0).tolist()
+                if stop or due:
+                    self.save()
+                if stop:
+                    self.stop = self.stop or ("max_hours is over" if late else "another process was asked to stop")
+                    return False
+        likelihood = float(self.at["likelihood"])
+        if not math.isfinite(likelihood):
+            raise ArtifactError(f"The loss became {likelihood} in epoch {self.at['epoch'] + 1}. Try learning_rate="
                                 f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'.")
+        return True
+
+    def likelihood(self) -> float:
+        """Return this epoch's negative log-likelihood so far, of all processes."""
+        return float(_gathered(torch.as_tensor(self.at["likelihood"], dtype=torch.float64, device=self.device)).sum())
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
@@ -1595,9 +1643,8 @@ class Trainer:
         """Validate, add a line to the history, keep the weights if they are the best so far."""
         loss, told = self.validate()
         cider = float(self.cider.score(told).mean())
-        likelihood = float(_gathered(torch.tensor(self.at["likelihood"], dtype=torch.float64, device=self.device)).sum())
         epoch, seconds = self.at["epoch"] + 1, self.at["seconds"]
-        line = {"epoch": epoch, "train_loss": round(likelihood / self.at["tokens"], 5), "val_loss": round(loss, 5),
+        line = {"epoch": epoch, "train_loss": round(self.likelihood() / self.at["tokens"], 5), "val_loss": round(loss, 5),
                 "val_cider": round(cider, 5), "seconds": round(seconds, 1),
                 "captions_per_second": round(len(self.batches["train"].rows) / max(seconds, 1e-9))}
         self.history.append(line)
@@ -1615,22 +1662,33 @@ class Trainer:
     # The whole
 
     def run(self) -> None:
-        """Train all epochs, from last.pt where there is one, and write the best captioner into model/."""
+        """Train all epochs, from last.pt where there is one, and write the best captioner into model/.
+
+        What is told to stop before (`stop`, or `max_hours`) leaves unfinished.json beside last.pt.
+        """
         self.resume()
         wait_for_all()
         if self.rank == 0:
             shutil.rmtree(self.out / "model", ignore_errors=True)
+            (self.out / "unfinished.json").unlink(missing_ok=True)
             print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
-        while self.at["epoch"] < self.recipe["epochs"]:
-            self.train_epoch()
+        while self.at["epoch"] < self.recipe["epochs"] and self.train_epoch():
             self.finish_epoch()
         if self.rank == 0:
-            write_csv(self.out / "history.csv", list(self.history[0]), [list(line.values()) for line in self.history])
-            write_csv(self.out / "told.csv", ["epoch", "image", "caption"], self.told)
-            self.captioner.load_state_dict(self.best["weights"])
-            storyteller = Storyteller(self.config(), self.data.vocab, self.captioner.cpu(), self.extracted)
-            storyteller.save_pretrained(self.out / "model")
+            if self.stop:
+                write_json(self.out / "unfinished.json", {
+                    "epoch": self.at["epoch"], "step": self.at["step"], "epochs": self.recipe["epochs"],
+                    "reason": self.stop, "editions": self.editions})
+            if self.history:
+                self.write()
         wait_for_all()
+
+    def write(self) -> None:
+        """Write history.csv, told.csv and model/, the best captioner so far."""
+        write_csv(self.out / "history.csv", list(self.history[0]), [list(line.values()) for line in self.history])
+        write_csv(self.out / "told.csv", ["epoch", "image", "caption"], self.told)
+        self.captioner.load_state_dict(self.best["weights"])
+        Storyteller(self.config(), self.data.vocab, self.captioner.cpu(), self.extracted).save_pretrained(self.out / "model")
 
     def config(self) -> dict:
         """Describe the captioner: all that it takes to build it, and what it was trained on."""
@@ -1647,18 +1705,33 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.pt: tensors, numbers and names only, so that it can be read without running anything."""
+        at, self.saved = {**self.at, "likelihood": self.likelihood()}, time.monotonic()
         if self.rank == 0:
             with replacing(self.out / "last.pt") as temporary:
-                torch.save({"key": self.key, "at": self.at, "history": self.history, "told": self.told, "best": self.best,
+                torch.save({"key": self.key, "at": at, "history": self.history, "told": self.told, "best": self.best,
                             "model": self.captioner.state_dict(), "optimizer": self.optimizer.state_dict(),
                             "scaler": self.scaler.state_dict()}, temporary)
 
+    def checkpoint(self) -> Path | None:
+        """Return the last.pt to go on from: `resume_from`, else this folder's if it is of an unfinished run, else, on Kaggle,
+        that of an unfinished run that is attached.
+        """
+        asked, inputs = self.settings.resume_from, kaggle_input()
+        if asked:
+            path = Path(asked)
+            found = [path] if path.is_file() else [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
+            if len(found) != 1:
+                raise ArtifactError(f"resume_from {asked} holds {len(found)} checkpoints (last.pt); name the one you mean.")
+            return found[0]
+        if (self.out / "last.pt").is_file():
+            unfinished = (self.out / "unfinished.json").is_file() or not (self.out / "model").is_dir()
+            return self.out / "last.pt" if unfinished else None
+        return next((p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")), None) if inputs else None
+
     def resume(self) -> None:
-        """Go on from `resume_from`, or from this folder's own last.pt if the same run left it before it had a model/."""
-        asked = self.settings.resume_from
-        path = Path(asked or self.out)
-        path = path / "last.pt" if path.is_dir() else path
-        if not asked and ((self.out / "model").is_dir() or not path.is_file()):
+        """Go on from `checkpoint()`; one of another run only if it was asked for."""
+        path, asked = self.checkpoint(), self.settings.resume_from
+        if path is None:
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -1673,11 +1746,17 @@ class Trainer:
                                 + ("Set resume_from to another one." if asked else "Delete it to begin anew.")) from None
         if self.rank == 0:
             print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
+        else:
+            self.at["likelihood"] = 0.0  # what all processes had is the first one's now
 
 def train_worker(job: dict) -> None:
     """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""
+    import signal
     try:
-        Trainer(job).run()
+        trainer = Trainer(job)
+        # The way in which schedulers, torchrun and `launch` ask a process to end.
+        signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", "asked to stop (SIGTERM)"))
+        trainer.run()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -1690,10 +1769,19 @@ def train_worker(job: dict) -> None:
 def train(run: Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
 
-    Returns the history as a pandas DataFrame; `run.out` holds model/, last.pt, history.csv and told.csv.
+    Returns the history as a pandas DataFrame; `run.out` holds model/, last.pt, history.csv and told.csv. When `max_hours`
+    is over, that is what there is so far, and unfinished.json; ArtifactError when not even one epoch was finished.
     """
     import pandas as pd
     launch("train", run)
+    if (run.out / "unfinished.json").is_file():
+        left = read_json(run.out / "unfinished.json")
+        told = (f"Training stopped after {left['epoch']} of {left['epochs']} epochs and {left['step']} steps: {left['reason']}. "
+                "Run this notebook again, with the same settings: it goes on there. On Kaggle, first add the output of this "
+                "version as an input of the notebook.")
+        if not (run.out / "model").is_dir():
+            raise ArtifactError(told)
+        print(told)
     return pd.read_csv(run.out / "history.csv")
 
 # ---------------------------------------------------------------------------------------------------------------------

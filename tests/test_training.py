@@ -1,9 +1,12 @@
 """Training, its checkpoints, its processes; on a few drawn scenes with made-up features, in seconds."""
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -233,8 +236,9 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
     train = trainer.train_epoch
 
     def remember():
-        train()
+        finished = train()
         seen[trainer.at["epoch"] + 1] = weights(trainer)
+        return finished
 
     monkeypatch.setattr(trainer, "train_epoch", remember)
     trainer.run()
@@ -306,3 +310,127 @@ def test_a_finished_run_is_trained_anew_when_it_is_run_again():
     learn, again.train_step = again.train_step, lambda *given: (steps.append(1), learn(*given))
     again.run()
     assert len(steps) == 2 * len(again.batches["train"]) and (run.out / "last.pt").stat().st_mtime_ns > before
+
+
+def wait_for(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+    return found
+
+
+def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end():
+    whole = begin(epochs=6)
+    st.train(whole)
+    expected, history = last(whole)["model"], without_clock(last(whole)["history"])
+    st.shutil.rmtree(whole.out)
+    run = begin(epochs=6)
+    st.write_json(run.out / "job.json", run.job())
+    worker = subprocess.Popen([sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL)
+    wait_for((run.out / "last.pt").is_file, "no first epoch")
+    worker.terminate()
+    assert worker.wait() == 0
+    left = st.read_json(run.out / "unfinished.json")
+    at = last(run)["at"]
+    assert (left["epoch"], left["step"]) == (at["epoch"], at["step"]) and "SIGTERM" in left["reason"]
+    assert 1 <= left["epoch"] < 6 and left["editions"] == run.job()["editions"]
+    assert (run.out / "model/config.json").is_file(), "the best captioner so far"
+    run = begin(epochs=6)
+    st.train(run)
+    assert_same(last(run)["model"], expected)
+    assert without_clock(last(run)["history"]) == history and not (run.out / "unfinished.json").exists()
+
+
+def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(monkeypatch, tmp_path, capsys):
+    expected = trained(begin(epochs=2)).history
+    model = last(begin(epochs=2))["model"]
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    with pytest.raises(st.ArtifactError, match=r"stopped after 0 of 2 epochs and 1 steps: max_hours is over.*goes on there"):
+        st.train(begin(epochs=2, max_hours=1e-6))
+    with pytest.raises(st.ArtifactError, match="03_train_dual_t4 stopped before it was finished"):
+        st.start("04_evaluate", dataset_dir="drawn").read("03_train_dual_t4")
+    begin(epochs=2).finish()
+    assert "is not finished" in capsys.readouterr().out and not (st.OUTPUTS / "03_train_dual_t4/manifest.json").exists()
+    # On Kaggle, what was stopped is attached read-only, and the same notebook goes on from there.
+    attached = tmp_path / "input/notebooks/someone/training/03_train_dual_t4"
+    st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", attached)
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
+    trainer = trained(begin(epochs=2))
+    assert "going on after 0 epochs and 1 steps" in capsys.readouterr().err
+    assert without_clock(trainer.history) == without_clock(expected)
+    assert_same(last(begin(epochs=2))["model"], model)
+
+
+def test_resume_from_takes_a_folder_and_says_when_it_is_not_clear(tmp_path):
+    trained(begin(epochs=1))
+    for place in ("one", "two"):
+        st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", tmp_path / place / "03_train_dual_t4")
+    assert st.Trainer(begin(resume_from=str(tmp_path / "one")).job()).checkpoint().parent.parent == tmp_path / "one"
+    for place, count in ((tmp_path, 2), (tmp_path / "nowhere", 0)):
+        with pytest.raises(st.ArtifactError, match=f"holds {count} checkpoints"):
+            st.Trainer(begin(resume_from=str(place)).job()).checkpoint()
+
+
+def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = dict(dropout=-1, epochs=40, batch_size=25)
+    run, failures = begin(**settings), []
+
+    def train():
+        try:
+            st.launch("train", run, processes=2)
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    def second():  # the worker of rank 1
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                known = (process / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"LOCAL_RANK=1" in known and f"STORYTELLER_FAILURE={(run.out / '.failure.json').resolve()}".encode() in known:
+                return int(process.name)
+        return 0
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_for((run.out / "last.pt").is_file, "no first epoch")
+    os.kill(second(), signal.SIGKILL)
+    thread.join(60)
+    assert not thread.is_alive() and len(failures) == 1
+    assert "killed" in failures[0] and "goes on where it stopped" in failures[0]
+    done = len(last(run)["history"])
+    assert 1 <= done < 40 and not (run.out / "model").exists()
+    again = begin(**settings)
+    st.launch("train", again, processes=2)
+    assert [line["epoch"] for line in last(again)["history"]] == list(range(1, 41))
+
+
+def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = dict(dropout=-1, epochs=2, batch_size=25)
+    alone = begin(**settings)
+    st.launch("train", alone, processes=1)
+    expected = last(alone)["model"]
+    st.shutil.rmtree(alone.out)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = begin(machines=2, rendezvous=f"127.0.0.1:{port}", **settings)
+    capsys.readouterr()
+    thread = threading.Thread(target=st.launch, args=("train", run, 1))
+    thread.start()
+    wait_for((run.out / ".job.json").is_file, "no job")
+    other = tmp_path / "other machine"  # the project as it was copied there
+    st.shutil.copytree(".", other)
+    printed = wait_for(lambda: re.search(r"machine 1: \$ python (.*)", capsys.readouterr().out), "no command for it")
+    command = printed[1].replace("storyteller_utils.py", st.__file__).split()
+    there = subprocess.run([sys.executable, *command], cwd=other, capture_output=True, text=True, timeout=120)
+    thread.join(60)
+    assert there.returncode == 0 and not thread.is_alive(), there.stderr
+    for name, tensor in last(run)["model"].items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+    assert (run.out / "model/config.json").is_file()
+    assert {p.name for p in (other / run.out).iterdir()} == {".job.json"}, "only the first machine writes"
