@@ -1891,13 +1891,14 @@ def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed:
     scores = (total / length).tolist()
     return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
 
-def tell_all(captioner, features, rows: Sequence[int], batch_size: int = 64, progress: bool = False,
+def tell_all(captioner, features, rows: Sequence[int], beam_width: int = 5, progress: bool = False,
              **options) -> list[list[Hypothesis]]:
     """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches; options: `beam_search`'s."""
     from tqdm import tqdm
-    batches = [np.asarray(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+    size = max(1, 320 // beam_width)  # as many partial captions at a time as keep a product busy and in the cache
+    batches = [np.asarray(rows[i:i + size]) for i in range(0, len(rows), size)]
     bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
-    return [told for batch in bar for told in beam_search(captioner, features[batch], **options)]
+    return [told for batch in bar for told in beam_search(captioner, features[batch], beam_width, **options)]
 
 @dataclass(frozen=True)
 class Telling:
