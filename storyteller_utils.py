@@ -1321,27 +1321,31 @@ class PooledLSTM(nn.Module):
         outputs, _ = self.lstm(self.dropout(self.embedding(words)), initial)
         return self.dropout(outputs)
 
+def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
+    """Let the words that are told share the vectors of those that are read: fewer parameters, better on few captions."""
+    nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
+    nn.init.zeros_(output.bias)
+    output.weight = embedding.weight
+
 class AttentionLSTM(nn.Module):
     """A decoder that looks at another part of the photo for each word: an LSTM over the grid with a gated look.
 
-    As in "Show, Attend and Tell" (Xu et al., 2015) with additive attention (Bahdanau et al., 2015); the words it tells share
-    the vectors of those it reads.
+    As in "Show, Attend and Tell" (Xu et al., 2015), with additive attention (Bahdanau et al., 2015).
     """
     pooled = False
 
-    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, dropout: float = 0.0):
+    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, attention: int = 256,
+                 dropout: float = 0.0):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(features, hidden), nn.LayerNorm(hidden))
+        self.encoder = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden))
         self.begin = nn.Linear(hidden, 2 * hidden)
-        self.key, self.query, self.worth = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
-        self.gate = nn.Linear(hidden, hidden)
+        self.key, self.query = nn.Linear(hidden, attention), nn.Linear(hidden, attention)
+        self.worth, self.gate = nn.Linear(attention, 1), nn.Linear(hidden, hidden)
         self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
         self.lstm = nn.LSTMCell(embedding + hidden, hidden)
-        self.join = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Tanh(),
-                                  nn.Dropout(dropout))
+        self.join = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Dropout(dropout))
         self.output = nn.Linear(embedding, vocabulary)
-        nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
-        self.output.weight = self.embedding.weight
+        _tie(self.output, self.embedding)
         self.dropout = nn.Dropout(dropout)
 
     def start(self, features: Tensor) -> dict[str, Tensor]:
@@ -1380,7 +1384,91 @@ class AttentionLSTM(nn.Module):
             seen.append(one)
         return self.join(torch.stack(seen, 1))
 
-DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM}
+class TransformerLayer(nn.Module):
+    """Look at the words so far, then at the photo, then think: each after a LayerNorm and added to what was there.
+
+    Xiong et al., 2020 (pre-norm).
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.queries = nn.ModuleList(nn.Linear(width, width) for _ in range(2))  # to the words, to the photo
+        self.memories = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
+        self.outputs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.think = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+    def remember(self, which: int, x: Tensor) -> Tensor:
+        """Return the keys and values (B, 2, heads, T, width / heads) of x (B, T, width)."""
+        return self.memories[which](x).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+
+    def look(self, which: int, x: Tensor, memory: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+        """Let each place of x (B*K, T, width) look at a memory of B rows: what it saw, and the mean weights of its heads."""
+        query = self.queries[which](x).reshape(len(memory), -1, self.heads, memory.shape[-1]).transpose(1, 2)
+        scores = (query @ memory[:, 0].transpose(-1, -2)).float() * memory.shape[-1]**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+        weights = scores.softmax(-1)
+        seen = self.dropout(weights).to(memory.dtype) @ memory[:, 1]
+        return self.outputs[which](seen.transpose(1, 2).reshape(x.shape)), weights.mean(1)
+
+    def forward(self, x: Tensor, words: Tensor, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take x (B*K, T, width) one layer further; return it, the memory of the words so far, and where it looked."""
+        normal = self.norms[0](x)
+        words = torch.cat([words, self.remember(0, normal)], 3)
+        x = x + self.dropout(self.look(0, normal, words, causal=x.shape[1] > 1)[0])
+        seen, weights = self.look(1, self.norms[1](x), photo)
+        x = x + self.dropout(seen)
+        return x + self.dropout(self.think(self.norms[2](x))), words, weights
+
+class TransformerDecoder(nn.Module):
+    """A Transformer that reads the words so far and looks at the grid; keys and values are kept from step to step.
+
+    Vaswani et al., 2017; tied words. The regions carry learnt places, the words those of sines.
+    """
+    pooled = False
+
+    def __init__(self, features: int, vocabulary: int, hidden: int = 384, layers: int = 3, heads: int = 6, regions: int = 49,
+                 dropout: float = 0.0):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden))
+        self.regions = nn.Parameter(0.02 * torch.randn(regions, hidden))
+        self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
+        self.layers = nn.ModuleList(TransformerLayer(hidden, heads, dropout) for _ in range(layers))
+        self.norm, self.output, self.dropout = nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary), nn.Dropout(dropout)
+        _tie(self.output, self.embedding)
+
+    def start(self, features: Tensor) -> dict[str, Tensor]:
+        """Encode photos (B, R, D) into the state before the first word: what each layer remembers of them."""
+        grid = self.encoder(features) + self.regions
+        state = {f"photo {i}": layer.remember(1, grid) for i, layer in enumerate(self.layers)}
+        nothing = {f"words {i}": state["photo 0"][:, :, :, :0] for i in range(len(self.layers))}
+        return state | nothing | {"weights": grid.new_zeros(grid.shape[:2])}
+
+    def _embed(self, words: Tensor, first: int) -> Tensor:
+        """Embed words (B, T), the first of which stands at place `first`."""
+        width = self.embedding.embedding_dim
+        place = torch.arange(first, first + words.shape[1], device=words.device)[:, None]
+        angle = place * torch.exp(torch.arange(0, width, 2, device=words.device) * (-math.log(10000) / width))
+        return self.embedding(words) * width**0.5 + torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+    def _advance(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        for i, layer in enumerate(self.layers):
+            x, words, weights = layer(x, state[f"words {i}"], state[f"photo {i}"])
+            state = state | {f"words {i}": words}
+        return self.norm(x), state | {"weights": weights.reshape(-1, weights.shape[-1])}
+
+    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read one word each (B,); return the logits of the next (B, V) and the new state, with where it looked."""
+        x, state = self._advance(self._embed(words[:, None], state["words 0"].shape[3]), state)
+        return self.output(x[:, 0]), state
+
+    def read(self, features: Tensor, words: Tensor) -> Tensor:
+        """Read whole captions (B, T) at once; return what the output layer sees at every position (B, T, hidden)."""
+        return self.dropout(self._advance(self.dropout(self._embed(words, 0)), self.start(features))[0])
+
+DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
 
 class Captioner(nn.Module):
     """Features in, words out: standardisation and a decoder.

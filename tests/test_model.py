@@ -8,7 +8,9 @@ import storyteller_utils as st
 
 def captioner(decoder="lstm", vocabulary=50, width=12, **sizes):
     torch.manual_seed(3)
-    sizes = {"embedding": 8, "hidden": 16, "dropout": 0.0} | sizes
+    small = {"lstm": {"embedding": 8}, "attention": {"embedding": 8, "attention": 12},
+             "transformer": {"layers": 2, "heads": 4, "regions": 9}}
+    sizes = {"hidden": 16, "dropout": 0.0} | small[decoder] | sizes
     moments = torch.randn(width), torch.rand(width) + 0.5
     return st.Captioner(decoder, width, vocabulary, moments, **sizes).eval()
 
@@ -107,7 +109,7 @@ def test_the_attention_decoder_tells_regions_apart_and_the_pooled_one_does_not()
     (features, words), mixed = captions(), None
     mixed = features[:, torch.randperm(9)] * torch.linspace(0.5, 2, 9)[:, None]
     same_mean = mixed - mixed.mean(1, keepdim=True) + features.mean(1, keepdim=True)
-    for decoder, equal in (("lstm", True), ("attention", False)):
+    for decoder, equal in (("lstm", True), ("attention", False), ("transformer", False)):
         model = captioner(decoder)
         assert torch.allclose(model(features, words)[0], model(same_mean, words)[0], rtol=1e-5) == equal
 
@@ -118,3 +120,15 @@ def test_dropout_is_off_when_captions_are_told(decoder):
     assert torch.equal(model(features, words)[0], model(features, words)[0])
     model.train()
     assert not torch.equal(model(features, words)[0], model(features, words)[0])
+
+
+@every_decoder
+def test_what_beam_search_says_a_caption_scores_is_its_likelihood(decoder):
+    model, (features, _) = captioner(decoder), captions()
+    with torch.no_grad():
+        model.decoder.output.weight.mul_(3)
+    for photo, hypotheses in enumerate(st.beam_search(model, features, beam_width=4, length_preference=1.0, max_length=7)):
+        assert len({tuple(h.ids) for h in hypotheses}) == len(hypotheses) >= 1
+        for h in hypotheses:
+            likelihood = model(features[photo:photo + 1], torch.tensor([[st.START, *h.ids]]))[1]
+            assert h.score == pytest.approx(-float(likelihood) / len(h.ids), rel=1e-4)
