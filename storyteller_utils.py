@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import or_
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,12 +326,15 @@ class ExtractSettings:
     preprocessing: str = "squash"
     regions: int = 1
     batch_size: int = 32
+    flips: str = "no"
     max_photos: int = 0
     precision: str = "auto"
 
     def __post_init__(self):
-        _check(self, backbone=["", *BACKBONES], preprocessing=["squash", "crop"], regions=[1, 49],
-               batch_size=(1, 4096), max_photos=(0, BIG), precision=PRECISIONS)
+        _check(self, preprocessing=["squash", "crop"], regions=[1, 49], batch_size=(1, 4096), flips=["yes", "no"],
+               max_photos=(0, BIG), precision=PRECISIONS)
+        if self.backbone:
+            find_backbone(self.backbone)
 
 @dataclass(frozen=True)
 class VocabSettings:
@@ -357,6 +361,8 @@ class TrainSettings:
     label_smoothing: float = 0.0
     accumulate: int = 1
     select_by: str = "cider"
+    self_critical: int = 0
+    standardise: str = "yes"
     precision: str = "auto"
     max_hours: float = 0.0
     machines: int = 1
@@ -367,7 +373,7 @@ class TrainSettings:
     def __post_init__(self):
         _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
                max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
-               select_by=["cider", "loss"], precision=PRECISIONS, max_hours=(0, BIG), machines=(1, 1024))
+               select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS, max_hours=(0, BIG), machines=(1, 1024))
         if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
             raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
 
@@ -882,6 +888,7 @@ PHOTO_SIZE = 224
 CPU_SLICE = 8  # photos a forward pass on a CPU: what the layers hand on stays in its cache, 1.3 times as fast as 32
 MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decoded is refused before it is decoded
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
+CLIP_MEAN, CLIP_STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 
 def open_photo(source) -> Tensor:
     """Decode a photo to RGB levels (3, height, width), uint8.
@@ -941,8 +948,9 @@ def preprocess(photo: Tensor, how: str = "squash") -> Tensor:
 class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
 
-    name             its key in BACKBONES
-    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), or that flattened
+    name             what `load_backbone` calls it
+    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), or that flattened, or
+                     to tokens (B, N, D), of which those before the last square number are no regions
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
@@ -954,7 +962,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name, self.width = name, width
         self.metadata = {"backbone": name, **(metadata or {})}
-        expected = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+        expected = {k: v.shape for k, v in network.state_dict().items() if v.is_floating_point()}
         wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
         if wrong:
             raise ArtifactError(f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
@@ -972,7 +980,8 @@ class Backbone(nn.Module):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Backbone:
         """Make it fast on `device`: BatchNorm folded, channels last, in `dtype`. Returns itself."""
-        _fold_batchnorm(self.network)
+        if self.name in BACKBONES:  # in others, something else may read what a convolution makes
+            _fold_batchnorm(self.network)
         self.to(device)
         self.network.to(dtype=dtype, memory_format=torch.channels_last)
         self.dtype = dtype
@@ -986,6 +995,13 @@ class Backbone(nn.Module):
             return torch.cat([self(part, regions) for part in photos.split(CPU_SLICE)])
         levels = (photos.to(device).float() - self.mean) / self.deviation
         grid = self.network(levels.to(self.dtype, memory_format=torch.channels_last)).float()
+        if grid.ndim == 3:
+            side = math.isqrt(grid.shape[1])
+            grid = grid[:, -side * side:].transpose(1, 2).unflatten(-1, (side, side))
+        elif grid.ndim == 4 and grid.shape[1] != self.width:
+            grid = grid.permute(0, 3, 1, 2)  # channels last, as Swin's
+        if grid.ndim == 4 and regions > 1 and grid[0, 0].numel() != regions:
+            grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
         grid = grid.reshape(len(photos), self.width, -1).transpose(1, 2)
         return grid.mean(1, keepdim=True) if regions == 1 else grid
 
@@ -1087,18 +1103,104 @@ def _build_efficientnet_lite0(weights: str) -> Backbone:
     network._fc, network.forward = nn.Identity(), network.extract_features
     return Backbone("efficientnet_lite0", network, tensors, 1280, (127.0,) * 3, (128.0,) * 3)
 
+class _BeforePooling(nn.Module):
+    """What a classifier hands to its first pooling of the whole picture."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier, self.seen = classifier, None
+        pools = [module for module in classifier.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+        if not pools:
+            raise ValueError(f"{type(classifier).__name__} pools no feature map: take it from timm (timm/...)")
+        pools[-1].register_forward_pre_hook(lambda module, inputs: setattr(self, "seen", inputs[0]))
+
+    def forward(self, photos: Tensor) -> Tensor:
+        self.classifier(photos)
+        seen, self.seen = self.seen, None
+        return seen
+
+def _fetched(name: str, fetch) -> dict[str, Tensor]:
+    """Return what `fetch` downloads, or say what to do without a network."""
+    try:
+        return fetch()
+    except Exception as error:  # of urllib, requests, httpx or the Hub's client
+        raise ArtifactError(f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, or "
+                            "set backbone_weights to a file (.safetensors or .pth) with them.") from None
+
+def _build_torchvision(name: str, weights: str) -> Backbone:
+    from torchvision import models
+    wanted = "torchvision/" + name
+    if name not in models.list_models(models):
+        raise ValueError(f"torchvision has no classifier {name!r}")
+    network = _BeforePooling(models.get_model(name))
+    if weights.endswith((".safetensors", ".pth", ".pt")):
+        tensors = load_weights(weights)[0]
+    else:
+        chosen = models.get_model_weights(name)[weights or "DEFAULT"]
+        tensors = _fetched(wanted, lambda: chosen.get_state_dict(check_hash=True))
+    tensors = {k if k.startswith("classifier.") and k in network.state_dict() else f"classifier.{k}": t for k, t in tensors.items()}
+    return Backbone(wanted, network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
+
+def _build_timm(name: str, weights: str) -> Backbone:
+    timm = _optional("timm", f"timm/{name}")
+    try:
+        network = timm.create_model(name, num_classes=0, global_pool="")
+    except RuntimeError as error:
+        raise ValueError(f"timm knows no {name!r}: {error}") from None
+    about = network.pretrained_cfg
+    network.forward = network.forward_features
+    tensors = load_weights(weights)[0] if weights else _fetched(
+        f"timm/{name}", lambda: timm.create_model(name, pretrained=True, num_classes=0, global_pool="").state_dict())
+    levels = [[255 * level for level in about[key]] for key in ("mean", "std")]
+    return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
+
+def _build_clip(name: str, weights: str) -> Backbone:
+    transformers, metadata = _optional("transformers", f"clip/{name}"), {}
+    if weights.endswith(".safetensors"):  # as `Backbone.save` wrote it
+        tensors, metadata = load_weights(weights)
+        config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
+    else:
+        loaded = _fetched(f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name))
+        tensors, config = loaded.state_dict(), loaded.config
+        metadata = {"config": json.dumps({key: value for key, value in config.to_diff_dict().items()
+                                          if isinstance(value, (int, float, str))}, sort_keys=True)}
+    network = transformers.CLIPVisionModel(config)
+    network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
+    return Backbone(f"clip/{name}", network, tensors, config.hidden_size, CLIP_MEAN, CLIP_STD, {"config": metadata["config"]})
+
+def _optional(package: str, backbone: str):
+    import importlib
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ArtifactError(f"{backbone} needs a package ({error}): pip install {package}") from None
+
+@torch.inference_mode()
+def _width(network: nn.Module) -> int:
+    return network.eval()(torch.zeros(1, 3, PHOTO_SIZE, PHOTO_SIZE)).shape[1]
+
 BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
+FAMILIES = {"torchvision": _build_torchvision, "timm": _build_timm, "clip": _build_clip}  # "timm/convnext_tiny" and so on
 BACKBONES_FROM_PIP = {"efficientnet_lite0"}  # whose weights a package brings: no captioner needs to carry them
+
+def find_backbone(name: str):
+    """Return what builds a backbone from the name or path of its weights. Raises ValueError for an unknown one."""
+    family, _, member = name.partition("/")
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if member and family in FAMILIES:
+        return partial(FAMILIES[family], member)
+    raise ValueError(f"backbone is {name!r}; it must be one of {', '.join(map(repr, BACKBONES))}, or torchvision/NAME, timm/NAME "
+                     "or clip/HUB_ID")
 
 def load_backbone(name: str, weights: str = "") -> Backbone:
     """Load a pre-trained backbone on the CPU.
 
-    name     a key of BACKBONES
+    name     a key of BACKBONES, or one of a family: "torchvision/convnext_tiny", "timm/vit_base_patch32_clip_224.openai",
+             "clip/openai/clip-vit-base-patch32" (of the Hub, by transformers)
     weights  "" for the usual ones, a name that the backbone knows, or the path of a file
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone is {name!r}; it must be one of {', '.join(BACKBONES)}")
-    return BACKBONES[name](weights)
+    return find_backbone(name)(weights)
 
 def _load_batch(paths: Sequence[Path], how: str) -> tuple[Tensor, list[tuple[int, str, str]]]:
     """Decode photos into (B, 3, 224, 224), uint8, and notes for `Extraction.add`; an unreadable one stays black."""
@@ -1135,7 +1237,8 @@ def extract_worker(job: dict) -> None:
     names, size = dataset.some(settings.max_photos), settings.batch_size
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
-    key = sha256([names, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions])
+    views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored
+    key = sha256([names, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions, views])
     shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
@@ -1146,20 +1249,22 @@ def extract_worker(job: dict) -> None:
     with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
         for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, settings.preprocessing), paths), strict=True):
             with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
-                features = backbone(photos, settings.regions).half().cpu().numpy()
-                np.savez(file, features=features, notes=json.dumps(notes))
+                seen = {name: backbone(photos.flip(-1) if mirrored else photos, settings.regions).half().cpu().numpy()
+                        for name, mirrored in views.items()}
+                np.savez(file, **seen, notes=json.dumps(notes))
             bar.update(len(notes))
     wait_for_all()
     if rank == 0:
-        (out / "backbone.safetensors").unlink(missing_ok=True)  # an earlier run's
+        for name in ("backbone.safetensors", "features_flip.npy"):
+            (out / name).unlink(missing_ok=True)  # an earlier run's
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
-        _join_shards(shards, names, out)
+        _join_shards(shards, names, out, views)
         write_json(out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256})
         shutil.rmtree(out / ".partial")
 
-def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path) -> None:
-    """Make features.npy, images.csv and skipped.csv of what the batches left; more than 1 % unreadable is an error."""
+def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]) -> None:
+    """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
     notes = [note for shard in shards for note in json.loads(str(np.load(shard)["notes"]))]
     bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
     write_csv(out / "skipped.csv", ["image", "reason"], bad)
@@ -1167,21 +1272,23 @@ def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path) -> Non
         shutil.rmtree(out / ".partial")  # once they are mended, the next run reads them again
         raise ArtifactError(f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
                             f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}.")
-    with replacing(out / "features.npy") as temporary:
-        shape, row = np.load(shards[0])["features"].shape[1:], 0
-        array = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(names) - len(bad), *shape))
-        for shard in map(np.load, shards):
-            kept = shard["features"][[not problem for _, _, problem in json.loads(str(shard["notes"]))]]
-            array[row:row + len(kept)] = kept
-            row += len(kept)
-        array.flush()
+    for view in views:
+        with replacing(out / f"{view}.npy") as temporary:
+            shape, row = np.load(shards[0])[view].shape[1:], 0
+            array = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(names) - len(bad), *shape))
+            for shard in map(np.load, shards):
+                kept = shard[view][[not problem for _, _, problem in json.loads(str(shard["notes"]))]]
+                array[row:row + len(kept)] = kept
+                row += len(kept)
+            array.flush()
     good = [(name, size, digest) for name, (size, digest, problem) in zip(names, notes, strict=True) if not problem]
     write_csv(out / "images.csv", ["row", "image", "bytes", "sha256"], [(row, *image) for row, image in enumerate(good)])
 
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
 
-    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv.
+    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips="yes"
+    features_flip.npy, the features of the mirrored photos.
     """
     launch("extract", run)
     shape = np.load(run.out / "features.npy", mmap_mode="r").shape
@@ -1519,16 +1626,26 @@ class Captioner(nn.Module):
 # 8. Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What a recipe fixes; a setting of the same name overrides it.
+# What a recipe fixes; a setting of the same name overrides it. averaging: how much of the averaged weights a step keeps,
+# which are then those that are told with; patience: epochs without a better one after which it is enough; self_critical:
+# epochs of that phase, after the others; flips: whether mirrored photos (01 with flips="yes") are looked at half the time.
 RECIPES = {
     "original": {"decoder": "lstm", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 15, "batch_size": 64,
                  "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
-                 "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03},
-    # Needs 01 with regions=49.
-    "best": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 8, "batch_size": 64,
-             "learning_rate": 0.0007, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
-             "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05},
+                 "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03, "averaging": 0.0, "patience": 15, "self_critical": 0,
+                 "flips": False},
+    # These need 01 with regions=49.
+    "attention": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512, "attention": 256}, "epochs": 10,
+                  "batch_size": 64, "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.5, "label_smoothing": 0.1,
+                  "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.03, "averaging": 0.998, "patience": 3, "self_critical": 0,
+                  "flips": True},
+    "transformer": {"decoder": "transformer", "sizes": {"hidden": 384, "layers": 3, "heads": 6}, "epochs": 10,
+                    "batch_size": 64, "learning_rate": 0.0005, "max_caption_length": 50, "dropout": 0.3,
+                    "label_smoothing": 0.1, "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05, "averaging": 0.998,
+                    "patience": 3, "self_critical": 0, "flips": True},
 }
+RECIPES["best"] = RECIPES["attention"]
+SELF_CRITICAL = {"learning_rate": 4e-5, "photos": 32, "samples": 5}  # photos a step, captions sampled of each
 CHECKPOINT_SECONDS = 300
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
@@ -1613,15 +1730,21 @@ class Trainer:
         self.recipe = self.settings.resolved()
         self.extracted, prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
         self.data = CaptionData.load(self.extracted, prepared)
-        self.features = Features(self.extracted / "features.npy", DECODERS[self.recipe["decoder"]].pooled, self.device)
+        pooled, flipped = DECODERS[self.recipe["decoder"]].pooled, self.extracted / "features_flip.npy"
+        self.features = Features(self.extracted / "features.npy", pooled, self.device)
+        self.flipped = Features(flipped, pooled, self.device) if self.recipe["flips"] and flipped.is_file() else None
         self.batches = {split: self.data.batches(split, self.recipe["batch_size"], self.recipe["max_caption_length"])
                         for split in ("train", "val")}
+        self.sides = torch.tensor([self.data.vocab.ids[word] for word in ("left", "right") if word in self.data.vocab.ids])
         self.cider = CiderD(self.data.references["val"])
         self.precision, self.reason = precision_here(self.device, self.settings.precision)
         torch.manual_seed(self.settings.seed)
-        self.captioner = self.model = Captioner(
-            self.recipe["decoder"], self.features.width, len(self.data.vocab), self.features.moments(self.data.rows["train"]),
-            dropout=self.recipe["dropout"], **self.recipe["sizes"]).to(self.device)
+        moments = self.features.moments(self.data.rows["train"])
+        if self.settings.standardise == "no":
+            moments = torch.zeros_like(moments[0]), torch.ones_like(moments[1])
+        self.captioner = self.model = Captioner(self.recipe["decoder"], self.features.width, len(self.data.vocab), moments,
+                                                dropout=self.recipe["dropout"], **self.recipe["sizes"]).to(self.device)
+        self.teller = copy.deepcopy(self.captioner).eval() if self.recipe["averaging"] else self.captioner
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.captioner, device_ids=ids, broadcast_buffers=False)
@@ -1669,10 +1792,18 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.teller is not self.captioner:
+            # Young averages forget faster, or the random beginning would stay in them for an epoch.
+            kept = min(self.recipe["averaging"], (1 + step) / (10 + step))
+            torch._foreach_lerp_([p.data for p in self.teller.parameters()], [p.data for p in self.captioner.parameters()], 1 - kept)
 
     def _loss(self, split: str, captions: np.ndarray, model: nn.Module, smoothing: float) -> tuple[Tensor, Tensor]:
-        batches = self.batches[split]
-        features, words = self.features[batches.rows[captions]], batches.words(captions).to(self.device)
+        batches, rows = self.batches[split], self.batches[split].rows[captions]
+        features, words = self.features[rows], batches.words(captions).to(self.device)
+        if self.flipped and split == "train":
+            # What is on the left of a mirrored photo, its captions call right: such captions keep the photo as it is.
+            mirrored = (torch.rand(len(rows)) < 0.5) & ~torch.isin(words.cpu(), self.sides).any(1)
+            features[mirrored.to(self.device)] = self.flipped[rows[mirrored.numpy()]]
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return model(features, words, smoothing)
 
@@ -1712,17 +1843,17 @@ class Trainer:
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
         """Return the loss a token on the validation captions, and what beam search tells of the validation photos."""
-        self.model.eval()
+        self.teller.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank::self.world]:
-            total[0] += self._loss("val", batch, self.captioner, 0.0)[1]
+            total[0] += self._loss("val", batch, self.teller, 0.0)[1]
             total[1] += int(self.batches["val"].lengths[batch].sum()) - len(batch)
         likelihood, tokens = _gathered(total).sum(0).tolist()
         rows = self.data.rows["val"]
         # Every process tells every world-th photo; some tell one again, so that all tell the same number.
         mine = rows[np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world) % len(rows)]
         ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
-        for i, hypotheses in enumerate(tell_all(self.captioner, self.features, mine)):
+        for i, hypotheses in enumerate(tell_all(self.teller, self.features, mine)):
             ids[i, :len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
         told = _gathered(ids).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
         return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
@@ -1739,7 +1870,7 @@ class Trainer:
         self.told += [[epoch, name, detokenize(words)] for name, words in zip(self.data.names["val"][:5], told, strict=False)]
         score = cider if self.settings.select_by == "cider" else -loss
         if score > self.best["score"]:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.captioner.state_dict().items()}
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.teller.state_dict().items()}
             self.best = {"score": score, "epoch": epoch, "weights": weights}
         self.at = {"epoch": epoch, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
         self.save()
@@ -1760,7 +1891,7 @@ class Trainer:
             shutil.rmtree(self.out / "model", ignore_errors=True)
             (self.out / "unfinished.json").unlink(missing_ok=True)
             print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
-        while self.at["epoch"] < self.recipe["epochs"] and self.train_epoch():
+        while self.wanted() and self.train_epoch():
             self.finish_epoch()
         if self.rank == 0:
             if self.stop:
@@ -1770,6 +1901,11 @@ class Trainer:
             if self.history:
                 self.write()
         wait_for_all()
+
+    def wanted(self) -> bool:
+        """Return whether another epoch is wanted: there is one left, and the last few were not all worse than the best."""
+        tired = self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
+        return self.at["epoch"] < self.recipe["epochs"] and not (tired and self.history)
 
     def write(self) -> None:
         """Write history.csv, told.csv and model/, the best captioner so far."""
@@ -1797,8 +1933,8 @@ class Trainer:
         if self.rank == 0:
             with replacing(self.out / "last.pt") as temporary:
                 torch.save({"key": self.key, "at": at, "history": self.history, "told": self.told, "best": self.best,
-                            "model": self.captioner.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "scaler": self.scaler.state_dict()}, temporary)
+                            "model": self.captioner.state_dict(), "teller": self.teller.state_dict(),
+                            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, temporary)
 
     def checkpoint(self) -> Path | None:
         """Return the last.pt to go on from: `resume_from`, else this folder's if it is of an unfinished run, else, on Kaggle,
@@ -1825,7 +1961,8 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["key"] != self.key and not asked:
                 return  # another run's
-            self.captioner.load_state_dict({name.removeprefix("module."): t for name, t in state["model"].items()})
+            for model, name in ((self.teller, "teller"), (self.captioner, "model")):
+                model.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state[name].items()})
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.at, self.history, self.told, self.best = (state[name] for name in ("at", "history", "told", "best"))

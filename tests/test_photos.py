@@ -482,6 +482,83 @@ def test_a_stopped_extraction_goes_on_where_it_stopped_and_ends_the_same(here, d
     left_there = {path.name for path in (here / "outputs/01_extract_features").rglob("*") if path.name[0] != "."}
     assert left_there == set(undisturbed[2])
 
+def foreign(name, folder):
+    """A network of that family with random weights, in a file, and how itself turns photos into a map of features."""
+    family, _, member = name.partition("/")
+    torch.manual_seed(0)
+    if family == "torchvision":
+        from torchvision import models
+        network = models.get_model(member)
+        plain = {"resnet18": lambda x: torch.nn.Sequential(*list(network.children())[:-2])(x),
+                 "convnext_tiny": network.features if member == "convnext_tiny" else None}[member]
+    elif family == "timm":
+        timm = pytest.importorskip("timm", reason="timm is optional")
+        network = timm.create_model(member, num_classes=0, global_pool="")
+        plain = {"resnet18": network.forward_features,
+                 "vit_tiny_patch16_224": lambda x: torch.nn.functional.avg_pool2d(
+                     network.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (14, 14)), 2),
+                 "swin_tiny_patch4_window7_224": lambda x: network.forward_features(x).permute(0, 3, 1, 2)}[member]
+    else:
+        transformers = pytest.importorskip("transformers", reason="transformers is optional")
+        network = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=32))
+        network.save_pretrained(folder / "clip")
+        return folder / "clip", network.eval(), lambda x: network(x).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (7, 7))
+    # What the backbone rounds its weights to, so that both compute with the same ones.
+    network.load_state_dict({k: t.half().to(t.dtype) if t.ndim > 1 and t.is_floating_point() else t
+                             for k, t in network.state_dict().items()})
+    torch.save(network.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth", network.eval(), plain
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/convnext_tiny", "timm/resnet18", "clip/small",
+                                  "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224"])
+def test_other_backbones_give_the_map_that_their_own_package_computes(name, tmp_path):
+    weights, network, plain = foreign(name, tmp_path)
+    backbone = st.load_backbone(name, str(weights)).prepare(torch.device("cpu"), torch.float32)
+    photos = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        grid = plain((photos.float() - backbone.mean) / backbone.deviation)
+    close = {"atol": 2e-3, "rtol": 2e-3} if name.startswith("clip") else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(backbone(photos, 49), grid.flatten(2).transpose(1, 2), **close)
+    torch.testing.assert_close(backbone(photos, 1)[:, 0], grid.mean((2, 3)), **close)
+    backbone.save(tmp_path / "backbone.safetensors")
+    again = st.load_backbone(name, str(tmp_path / "backbone.safetensors"))
+    assert again.sha256 == backbone.sha256
+    assert torch.equal(again.prepare(torch.device("cpu"), torch.float32)(photos, 49), backbone(photos, 49))
+
+
+def test_a_backbone_whose_package_is_missing_says_what_to_install(monkeypatch):
+    for name, package in (("timm/resnet18", "timm"), ("clip/openai/clip-vit-base-patch32", "transformers")):
+        monkeypatch.setitem(st.sys.modules, package, None)
+        with pytest.raises(st.ArtifactError, match=f"{name} needs a package .*pip install {package}"):
+            st.load_backbone(name)
+
+
+@pytest.mark.parametrize("name", ["torchvision/nothing", "timm/nothing", "elsewhere/resnet18", "resnet18", "torchvision/vit_b_16"])
+def test_an_unknown_backbone_is_a_value_error_that_names_it(name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm", reason="timm is optional")
+    with pytest.raises(ValueError, match="nothing|elsewhere/resnet18|resnet18|VisionTransformer"):
+        st.load_backbone(name)
+
+
+@pytest.mark.parametrize("flips", ["no", "yes"])
+def test_mirrored_photos_are_a_second_file_of_their_own_features(drawn, tmp_path, monkeypatch, flips):
+    monkeypatch.chdir(tmp_path)
+    run = st.start("01_extract_features", dataset_dir=str(drawn), backbone="efficientnet_lite0", regions=49, max_photos=5,
+                   batch_size=2, precision="float32", flips=flips)
+    st.extract(run)
+    assert (run.out / "features_flip.npy").exists() == (flips == "yes")
+    if flips == "yes":
+        names = run.dataset.some(5)
+        photos = torch.stack([st.preprocess(st.open_photo(run.dataset.photos[name])).flip(2) for name in names])
+        backbone = st.load_backbone("efficientnet_lite0").prepare(torch.device("cpu"), torch.float32)
+        ours = np.load(run.out / "features_flip.npy")
+        np.testing.assert_allclose(ours, backbone(photos, 49).numpy(), atol=0.01)
+        assert np.abs(ours - np.load(run.out / "features.npy")).max() > 0.1
+
+
 @pytest.mark.parametrize("other", [{"preprocessing": "crop"}, {"regions": 49}, {"batch_size": 5}, {"max_photos": 20}])
 def test_what_a_run_with_other_settings_left_is_not_taken(here, drawn, undisturbed, monkeypatch, other):
     with monkeypatch.context() as dying, pytest.raises(Killed):
