@@ -392,10 +392,13 @@ class EvaluateSettings:
     split: str = "test"
     beam_width: int = 5
     length_preference: float = LENGTH_PREFERENCE
+    min_length: int = 0
+    no_repeat: int = 0
     seed: int = 13
 
     def __post_init__(self):
-        _check(self, split=["train", "val", "test"], beam_width=(1, 100), length_preference=(0, 5))
+        _check(self, split=["train", "val", "test"], beam_width=(1, 100), length_preference=(0, 5), min_length=(0, MAX_WORDS),
+               no_repeat=(0, MAX_WORDS))
 
 @dataclass(frozen=True)
 class DeploySettings:
@@ -2023,12 +2026,14 @@ class Hypothesis:
 
 @torch.inference_mode()
 def beam_search(captioner, features: Tensor, beam_width: int = 5, length_preference: float = LENGTH_PREFERENCE,
-                max_length: int = MAX_WORDS) -> list[list[Hypothesis]]:
+                max_length: int = MAX_WORDS, min_length: int = 0, no_repeat: int = 0) -> list[list[Hypothesis]]:
     """Search the likeliest captions of all photos (P, R, D) at once, with K = `beam_width` partial captions each.
 
     captioner          has `start` and `step` as `Captioner` does
     length_preference  a caption scores log-probability / length**length_preference: more prefers longer captions
     max_length         words; a photo of which no caption ended by then gets its best unfinished ones
+    min_length         words before which no caption may end
+    no_repeat          no caption says the same so many words twice in the same order (0: it may)
 
     At each step the best K of all continuations go on; one that ends there goes into the photo's pool of K. A photo is
     done when no partial caption scores above the worst of a full pool. Width 1 is greedy search. <pad>, <start> and
@@ -2045,8 +2050,14 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
     told: list = [None] * len(features)
     for length in range(1, max_length + 1):
         before, (logits, state) = state, captioner.step(words.flatten(), state)
-        beams, ids = scores.shape[1], ids.clone()
-        ended, scores, parent, words = _extend(scores, logits.float().view(len(alive), beams, -1), beam_width)
+        beams, ids, logits = scores.shape[1], ids.clone(), logits.float().view(len(alive), scores.shape[1], -1)
+        if 0 < no_repeat < length:
+            said = ids[..., :length - 1].unfold(-1, no_repeat, 1)
+            again = (said[..., :-1] == ids[..., None, length - no_repeat:length - 1]).all(-1)
+            logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)
+        ended, scores, parent, words = _extend(scores, logits, beam_width)
+        if length <= min_length:
+            ended = torch.full_like(ended, -torch.inf)
         ids[..., length - 1] = END
         pool_scores, kept = torch.cat([pool_scores, ended / length**length_preference], 1).topk(beam_width)
         pool_ids = _rows(torch.cat([pool_ids, ids], 1), kept)
@@ -2124,6 +2135,27 @@ def tell_all(captioner, features, rows: Sequence[int], beam_width: int = 5, prog
     batches = [np.asarray(rows[i:i + size]) for i in range(0, len(rows), size)]
     bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
     return [told for batch in bar for told in beam_search(captioner, features[batch], beam_width, **options)]
+
+class Ensemble(nn.Module):
+    """Several captioners of the same vocabulary and features as one, to search with: the mean of their probabilities."""
+
+    def __init__(self, captioners: Sequence[Captioner]):
+        super().__init__()
+        self.members = nn.ModuleList(captioners)
+
+    def start(self, features: Tensor) -> dict[str, Tensor]:
+        """Return the members' states before the first word, side by side."""
+        return {f"{i}.{name}": tensor for i, one in enumerate(self.members) for name, tensor in one.start(features).items()}
+
+    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the log-probabilities (B, V) of the words after `words` (B,), and the state after them."""
+        after, told = {}, []
+        for i, one in enumerate(self.members):
+            own = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(f"{i}.")}
+            logits, own = one.step(words, own)
+            told.append(logits.float().log_softmax(-1))
+            after |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+        return torch.stack(told).logsumexp(0) - math.log(len(told)), after
 
 @dataclass(frozen=True)
 class Telling:
@@ -2229,11 +2261,12 @@ class Storyteller:
         return told
 
     def tell_features(self, features: Tensor, method: str = "beam", beam_width: int = 5,
-                      length_preference: float = LENGTH_PREFERENCE, temperature: float = 1.0,
-                      seed: int = 0) -> list[Telling]:
+                      length_preference: float = LENGTH_PREFERENCE, temperature: float = 1.0, seed: int = 0,
+                      **limits) -> list[Telling]:
         """Tell what is in photos of which the features (B, R, D) are known.
 
         method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
+        limits  max_length, min_length and no_repeat of `beam_search`
         """
         if method not in ("beam", "greedy", "sample") or beam_width < 1 or temperature <= 0:
             raise ValueError(f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
@@ -2242,7 +2275,8 @@ class Storyteller:
         if method == "sample":
             found = sample_captions(self.captioner, features, temperature, seed)
         else:
-            found = beam_search(self.captioner, features, 1 if method == "greedy" else beam_width, length_preference)
+            width = 1 if method == "greedy" else beam_width
+            found = beam_search(self.captioner, features, width, length_preference, **limits)
         looks = self._looks(features, [hypotheses[0].ids for hypotheses in found])
         return [self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)]
 

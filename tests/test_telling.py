@@ -76,6 +76,28 @@ def plain_beam(chain, photo, width, preference, max_length):
     return pool or [(ids, total / max_length**preference) for ids, total in beams]
 
 
+def repeats(ids, n):
+    """Return whether some n words in a row occur twice."""
+    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) < len(grams)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_caption_says_the_same_words_twice_when_that_is_not_allowed(n):
+    chain = Chain(vocabulary=7, photos=8, end=-3.0)
+    free = st.beam_search(chain, photos(8), beam_width=3, max_length=12)
+    assert any(repeats(h.ids, n) for found in free for h in found)
+    for found in st.beam_search(chain, photos(8), beam_width=3, max_length=12, no_repeat=n):
+        assert found and not any(repeats(h.ids, n) for h in found)
+
+
+def test_no_caption_ends_before_its_shortest_allowed_length():
+    chain = Chain(vocabulary=9, photos=8, end=3.0)
+    assert min(len(h.ids) for found in st.beam_search(chain, photos(8), beam_width=3) for h in found) < 5
+    found = [h.ids for found in st.beam_search(chain, photos(8), beam_width=3, min_length=5) for h in found]
+    assert min(map(len, found)) == 6 and all(ids[-1] == st.END for ids in found)  # five words and <end>
+
+
 @pytest.mark.parametrize("preference", [0.0, 0.7, 1.0])
 def test_a_wide_beam_finds_the_best_of_all_captions(preference):
     chain = Chain(vocabulary=7, photos=6)
@@ -285,3 +307,23 @@ def test_the_terminal_tells_photos_and_names_those_it_cannot_read(saved, tmp_pat
     out, err = capsys.readouterr()
     assert "good.png: W" in out and "bad.jpg" in err
     assert (tmp_path / "told.csv").read_text().startswith("image,caption\n")
+
+
+def test_an_ensemble_gives_the_mean_of_its_members_probabilities():
+    members = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        members.append(st.Captioner("attention", 6, 12, (torch.zeros(6), torch.ones(6)), hidden=8, embedding=4, attention=5))
+    both, features = st.Ensemble(members).eval(), torch.randn(3, 9, 6)
+    found = st.beam_search(both, features, beam_width=3, length_preference=1.0, max_length=5)
+    for photo, hypotheses in enumerate(found):
+        for h in hypotheses:
+            total, words = 0.0, torch.tensor([[st.START, *h.ids]])
+            with torch.no_grad():
+                rows = [m.decoder.output(m.decoder.read(features[photo:photo + 1], words[:, :-1])).softmax(-1) for m in members]
+            mean = (rows[0] + rows[1])[0] / 2
+            total = sum(math.log(mean[place, word]) for place, word in enumerate(h.ids))
+            assert h.score == pytest.approx(total / len(h.ids), rel=1e-4)
+    alone = st.beam_search(members[0], features, beam_width=3)
+    twice = st.beam_search(st.Ensemble([members[0], members[0]]), features, beam_width=3)
+    assert [[h.ids for h in found] for found in alone] == [[h.ids for h in found] for found in twice]
