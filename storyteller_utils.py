@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from operator import or_
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,7 +313,7 @@ def _check(settings, **allowed) -> None:
         if isinstance(rule, list) and value not in rule:
             raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}")
 
-LENGTH_PREFERENCE = 0.7  # of beam search
+LENGTH_PREFERENCE = 0.9  # of beam search: the best CIDEr-D on validation photos, or as good as, for every decoder
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 BIG = 10**9
 
@@ -1611,15 +1611,21 @@ class Captioner(nn.Module):
         """Return the logits (B, V) of the words after `words` (B,), and the state after them."""
         return self.decoder.step(words, state)
 
-    def forward(self, features: Tensor, words: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, words: Tensor, label_smoothing: float = 0.0,
+                weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the summed training loss and the summed negative log-likelihood of captions (B, T).
+
+        weights  (B,)  of each caption in the loss; None: 1
 
         Only real positions reach the output layer, the dearest of all: padding is neither projected nor counted.
         """
         hidden = self.decoder.read(self.standardise(features), words[:, :-1])
         real = words[:, 1:] != PAD
         log_probs = self.decoder.output(hidden[real]).float().log_softmax(-1)
-        likelihood = -log_probs.gather(1, words[:, 1:][real][:, None]).sum()
+        likelihoods = -log_probs.gather(1, words[:, 1:][real][:, None])[:, 0]
+        likelihood = likelihoods.sum()
+        if weights is not None:
+            return (likelihoods * weights[:, None].expand_as(real)[real]).sum(), likelihood.detach()
         if not label_smoothing:
             return likelihood, likelihood.detach()
         uniform = -log_probs.mean(-1).sum()  # cross entropy to the uniform distribution
@@ -1648,7 +1654,8 @@ RECIPES = {
                     "patience": 3, "self_critical": 0, "flips": True},
 }
 RECIPES["best"] = RECIPES["attention"]
-SELF_CRITICAL = {"learning_rate": 4e-5, "photos": 32, "samples": 5}  # photos a step, captions sampled of each
+SAMPLES = 5  # captions that self-critical training draws of a photo
+SELF_CRITICAL_RATE = 5e-5
 CHECKPOINT_SECONDS = 300
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
@@ -1720,6 +1727,9 @@ class CaptionData:
                  for row, captions in zip(self.rows[split], self.references[split], strict=True) for words in captions]
         return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
 
+# At the beginning of an epoch: its steps, negative log-likelihood, rewards, captions, tokens and seconds so far.
+BEGINNING = {"step": 0, "likelihood": 0.0, "reward": 0.0, "captions": 0, "tokens": 0, "seconds": 0.0}
+
 class Trainer:
     """Trains a captioner as one of one or more equal processes; rank 0 alone writes.
 
@@ -1753,8 +1763,8 @@ class Trainer:
             self.model = nn.parallel.DistributedDataParallel(self.captioner, device_ids=ids, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(self.captioner.parameters(), weight_decay=self.recipe["weight_decay"], fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
-        # What last.pt holds besides weights: epochs done; steps, negative log-likelihood, tokens and seconds of this one.
-        self.at = {"epoch": 0, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
+        # What last.pt holds besides weights: epochs done, phase (1: self-critical), and what BEGINNING has of this epoch.
+        self.at = dict(BEGINNING, epoch=0, phase=0)
         self.editions, self.saved, self.stop = job["editions"], time.monotonic(), ""
         hours = self.settings.max_hours or (KAGGLE_HOURS if kaggle_input() else math.inf)
         self.deadline = time.monotonic() + 3600 * hours
@@ -1765,7 +1775,9 @@ class Trainer:
     # One step
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
+        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth; self-critical, a fixed one."""
+        if self.at["phase"]:
+            return SELF_CRITICAL_RATE
         total = len(self.batches["train"]) * self.recipe["epochs"]
         warm = max(1, int(total * self.recipe["warm_up"]))
         if step < warm:
@@ -1777,18 +1789,27 @@ class Trainer:
 
         It is computed in `accumulate` slices, which changes the memory it takes and not the result.
         """
-        tokens = int(self.batches["train"].lengths[batch].sum()) - len(batch)
         # DistributedDataParallel waits for every process, also for one for which no caption is left.
         mine, weight = (batch[self.rank::self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)
-        slices = np.array_split(mine, min(self.settings.accumulate, len(mine)))
+        if self.at["phase"]:
+            features, words, *weights = self._samples(mine, weight)
+        else:
+            (features, words), weights = self._captions("train", mine), ()
+        tokens = int(_gathered((words[:, 1:] != PAD).sum() * int(weight)).sum())
+        smoothing = 0.0 if self.at["phase"] else self.recipe["label_smoothing"]
+        slices = np.array_split(np.arange(len(words)), min(self.settings.accumulate, len(words)))
         for i, part in enumerate(slices):
             with self.model.no_sync() if self.world > 1 and i + 1 < len(slices) else contextlib.nullcontext():
-                loss, likelihood = self._loss("train", part, self.model, self.recipe["label_smoothing"])
+                loss, likelihood = self._forward(self.model, features[part], words[part], smoothing, *(w[part] for w in weights))
                 # It averages the gradients: times the number of processes, their sum is back.
                 self.scaler.scale(loss * (weight * self.world / tokens)).backward()
             self.at["likelihood"] += likelihood.double() * weight  # a tensor: a number would have to wait for the GPU
         self.at["tokens"] += tokens
+        self._update(step)
+
+    def _update(self, step: int) -> None:
+        """Take a step of the optimizer, and move the averaged weights after it."""
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.captioner.parameters(), self.recipe["clip"])
@@ -1800,15 +1821,50 @@ class Trainer:
             kept = min(self.recipe["averaging"], (1 + step) / (10 + step))
             torch._foreach_lerp_([p.data for p in self.teller.parameters()], [p.data for p in self.captioner.parameters()], 1 - kept)
 
-    def _loss(self, split: str, captions: np.ndarray, model: nn.Module, smoothing: float) -> tuple[Tensor, Tensor]:
+    def _samples(self, photos: np.ndarray, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw captions of training photos, and score each by CIDEr-D against the others of its photo.
+
+        Returns features (B, R, D), ids (B, T) and advantages (B,), which sum to 0 for each photo. An <end> counts as a word,
+        or captions would learn to stop at "in front of a". Rennie et al., 2017; the mean of the other samples as baseline.
+        """
+        features = self.features[self.data.rows["train"][photos]].repeat_interleave(SAMPLES, 0)
+        self.captioner.eval()
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            drawn = [found[0].ids for found in sample_captions(self.captioner, features, seed=int(torch.randint(2**31, ())))]
+        self.captioner.train()
+        said = [self.data.vocab.decode(ids) + [SPECIAL[END]] * (END in ids) for ids in drawn]
+        rewards = self.reward.score(said, np.repeat(photos, SAMPLES)).reshape(-1, SAMPLES)
+        advantages = (rewards - rewards.mean(1, keepdims=True)) * (SAMPLES / (SAMPLES - 1))
+        self.at["reward"] += float(rewards.sum()) * weight
+        self.at["captions"] += rewards.size * int(weight)
+        words = nn.utils.rnn.pad_sequence([torch.tensor([START, *ids]) for ids in drawn], True, PAD)
+        return features, words.to(self.device), torch.from_numpy(advantages.ravel()).float().to(self.device)
+
+    @cached_property
+    def reward(self) -> CiderD:
+        """CIDEr-D against the training captions, <end> included."""
+        return CiderD([[words + [SPECIAL[END]] for words in group] for group in self.data.references["train"]])
+
+    def begin_self_critical(self) -> None:
+        """Go back to the best weights, from where the captioner learns from its own captions."""
+        for model in (self.captioner, self.teller):
+            model.load_state_dict(self.best["weights"])
+        self.optimizer.state.clear()
+        self.at["phase"] = 1
+
+    def _captions(self, split: str, captions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return features (B, R, D) and ids (B, T) of captions; of training captions, half see their photo mirrored."""
         batches, rows = self.batches[split], self.batches[split].rows[captions]
         features, words = self.features[rows], batches.words(captions).to(self.device)
         if self.flipped and split == "train":
             # What is on the left of a mirrored photo, its captions call right: such captions keep the photo as it is.
             mirrored = (torch.rand(len(rows)) < 0.5) & ~torch.isin(words.cpu(), self.sides).any(1)
             features[mirrored.to(self.device)] = self.flipped[rows[mirrored.numpy()]]
+        return features, words
+
+    def _forward(self, model: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            return model(features, words, smoothing)
+            return model(*inputs)
 
     # One epoch
 
@@ -1817,8 +1873,11 @@ class Trainer:
         from tqdm import tqdm
         self.model.train()
         batches = self.batches["train"].epoch(self.settings.seed, self.at["epoch"])
+        if self.at["phase"]:  # photos instead of captions
+            order = np.random.default_rng((self.settings.seed, self.at["epoch"])).permutation(len(self.data.rows["train"]))
+            batches = np.array_split(order, math.ceil(len(order) * SAMPLES / (2 * self.recipe["batch_size"])))
         clock = time.monotonic()
-        for batch in tqdm(batches[self.at["step"]:], desc=f"epoch {self.at['epoch'] + 1}/{self.recipe['epochs']}",
+        for batch in tqdm(batches[self.at["step"]:], desc=f"epoch {self.at['epoch'] + 1}",
                           unit="batch", disable=self.rank > 0, mininterval=2, leave=False):
             self.train_step(batch, self.at["epoch"] * len(batches) + self.at["step"])
             now = time.monotonic()
@@ -1839,9 +1898,9 @@ class Trainer:
                                 f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'.")
         return True
 
-    def likelihood(self) -> float:
-        """Return this epoch's negative log-likelihood so far, of all processes."""
-        return float(_gathered(torch.as_tensor(self.at["likelihood"], dtype=torch.float64, device=self.device)).sum())
+    def total(self, what: str) -> float:
+        """Return a sum of this epoch so far ("likelihood", "reward", "captions"), of all processes."""
+        return float(_gathered(torch.as_tensor(self.at[what], dtype=torch.float64, device=self.device)).sum())
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
@@ -1849,7 +1908,7 @@ class Trainer:
         self.teller.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank::self.world]:
-            total[0] += self._loss("val", batch, self.teller, 0.0)[1]
+            total[0] += self._forward(self.teller, *self._captions("val", batch))[1]
             total[1] += int(self.batches["val"].lengths[batch].sum()) - len(batch)
         likelihood, tokens = _gathered(total).sum(0).tolist()
         rows = self.data.rows["val"]
@@ -1865,21 +1924,24 @@ class Trainer:
         """Validate, add a line to the history, keep the weights if they are the best so far."""
         loss, told = self.validate()
         cider = float(self.cider.score(told).mean())
-        epoch, seconds = self.at["epoch"] + 1, self.at["seconds"]
-        line = {"epoch": epoch, "train_loss": round(self.likelihood() / self.at["tokens"], 5), "val_loss": round(loss, 5),
-                "val_cider": round(cider, 5), "seconds": round(seconds, 1),
-                "captions_per_second": round(len(self.batches["train"].rows) / max(seconds, 1e-9))}
+        epoch, seconds, phase = self.at["epoch"] + 1, self.at["seconds"], self.at["phase"]
+        captions = self.total("captions") if phase else len(self.batches["train"].rows)
+        # Of its own samples, the negative log-likelihood is the entropy of what it tells.
+        line = {"epoch": epoch, "train_loss": round(self.total("likelihood") / self.at["tokens"], 5), "val_loss": round(loss, 5),
+                "val_cider": round(cider, 5), "reward": round(self.total("reward") / captions, 5) if phase else None,
+                "seconds": round(seconds, 1), "captions_per_second": round(captions / max(seconds, 1e-9))}
         self.history.append(line)
         self.told += [[epoch, name, detokenize(words)] for name, words in zip(self.data.names["val"][:5], told, strict=False)]
         score = cider if self.settings.select_by == "cider" else -loss
         if score > self.best["score"]:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in self.teller.state_dict().items()}
             self.best = {"score": score, "epoch": epoch, "weights": weights}
-        self.at = {"epoch": epoch, "step": 0, "likelihood": 0.0, "tokens": 0, "seconds": 0.0}
+        self.at |= dict(BEGINNING, epoch=epoch)
         self.save()
         if self.rank == 0:
-            print(f"epoch {epoch}/{self.recipe['epochs']}: loss {line['train_loss']:.3f}, validation loss {loss:.3f}, "
-                  f"CIDEr-D {cider:.3f}, {line['captions_per_second']:,} captions/s", file=sys.stderr)
+            learnt = f"reward {line['reward']:.3f}, entropy" if phase else "loss"
+            print(f"epoch {epoch}: {learnt} {line['train_loss']:.3f}, validation loss {loss:.3f}, CIDEr-D {cider:.3f}, "
+                  f"{line['captions_per_second']:,} captions/s", file=sys.stderr)
 
     # The whole
 
@@ -1906,9 +1968,21 @@ class Trainer:
         wait_for_all()
 
     def wanted(self) -> bool:
-        """Return whether another epoch is wanted: there is one left, and the last few were not all worse than the best."""
-        tired = self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
-        return self.at["epoch"] < self.recipe["epochs"] and not (tired and self.history)
+        """Return whether another epoch is wanted, in this phase or, from the best weights so far, in the self-critical one.
+
+        A phase ends with its epochs, or when the last few were all worse than the best; the self-critical one also when
+        the captions lose their variety.
+        """
+        critical = [line for line in self.history if line["reward"] is not None]
+        tired = bool(self.history) and self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
+        if not self.at["phase"] and (tired or self.at["epoch"] >= self.recipe["epochs"]) and self.recipe["self_critical"]:
+            self.begin_self_critical()
+            return True
+        if self.at["phase"]:
+            collapsed = bool(critical) and critical[-1]["train_loss"] < critical[0]["train_loss"] / 3
+            tired = len(critical) >= self.recipe["patience"] and tired
+            return len(critical) < self.recipe["self_critical"] and not tired and not collapsed
+        return self.at["epoch"] < self.recipe["epochs"] and not tired
 
     def write(self) -> None:
         """Write history.csv, told.csv and model/, the best captioner so far."""
@@ -1932,7 +2006,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.pt: tensors, numbers and names only, so that it can be read without running anything."""
-        at, self.saved = {**self.at, "likelihood": self.likelihood()}, time.monotonic()
+        at = self.at | {what: self.total(what) for what in ("likelihood", "reward", "captions")}
+        self.saved = time.monotonic()
         if self.rank == 0:
             with replacing(self.out / "last.pt") as temporary:
                 torch.save({"key": self.key, "at": at, "history": self.history, "told": self.told, "best": self.best,
@@ -1975,7 +2050,7 @@ class Trainer:
         if self.rank == 0:
             print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
         else:
-            self.at["likelihood"] = 0.0  # what all processes had is the first one's now
+            self.at |= {"likelihood": 0.0, "reward": 0.0, "captions": 0}  # what all processes had is the first one's now
 
 def train_worker(job: dict) -> None:
     """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""

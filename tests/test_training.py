@@ -434,3 +434,109 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
     assert (run.out / "model/config.json").is_file()
     assert {p.name for p in (other / run.out).iterdir()} == {".job.json"}, "only the first machine writes"
+
+
+def test_self_critical_training_raises_the_reward_and_goes_on_where_it_stopped(monkeypatch):
+    monkeypatch.setattr(st, "SELF_CRITICAL_RATE", 0.002)
+    run = begin(epochs=6, self_critical=4)
+    whole = trained(run)
+    rewards = [line["reward"] for line in whole.history]
+    assert rewards[:6] == [None] * 6 and len(rewards) == 10 and rewards[-1] > rewards[6]
+    expected, history = last(run)["model"], without_clock(whole.history)
+    st.shutil.rmtree(run.out)
+    monkeypatch.setattr(st, "CHECKPOINT_SECONDS", 0)
+    learn = st.Trainer.train_step
+
+    def stopping(self, batch, number):
+        if self.at["epoch"] == 7 and self.at["step"] == 1:
+            raise Stop
+        learn(self, batch, number)
+
+    monkeypatch.setattr(st.Trainer, "train_step", stopping)
+    with pytest.raises(Stop):
+        trained(begin(epochs=6, self_critical=4))
+    monkeypatch.setattr(st.Trainer, "train_step", learn)
+    again = trained(begin(epochs=6, self_critical=4))
+    assert without_clock(again.history) == history
+    assert_same(last(run)["model"], expected)
+
+
+def test_the_gradient_of_self_critical_training_is_that_of_the_expected_reward():
+    # Of one photo and captions of one word, the expected reward can be written out and differentiated.
+    torch.manual_seed(0)
+    logits = torch.randn(6, requires_grad=True)
+    rewards = torch.randn(6)
+    exact, = torch.autograd.grad(-(logits.softmax(0) * rewards).sum(), logits)
+    total, rounds = torch.zeros(6), 4000
+    for _ in range(rounds):
+        drawn = torch.multinomial(logits.detach().softmax(0), st.SAMPLES, replacement=True)
+        given = rewards[drawn]
+        advantages = (given - given.mean()) * (st.SAMPLES / (st.SAMPLES - 1))
+        loss = -(logits.log_softmax(0)[drawn] * advantages).sum() / st.SAMPLES
+        total += torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(total / rounds, exact, atol=0.02, rtol=0)
+
+
+def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
+    trainer = st.Trainer(begin(dropout=-1).job())
+    trainer.at["phase"] = 1
+    features, words, advantages = trainer._samples(np.array([3, 0, 7]), 1.0)
+    assert len(features) == len(words) == len(advantages) == 3 * st.SAMPLES
+    torch.testing.assert_close(advantages.view(3, st.SAMPLES).sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+    said = [trainer.data.vocab.decode(ids) + ["<end>"] * (st.END in ids) for ids in words.tolist()]
+    photos = np.repeat([3, 0, 7], st.SAMPLES)
+    rewards = st.CiderD([[w + ["<end>"] for w in group] for group in trainer.data.references["train"]]).score(said, photos)
+    for i in range(3 * st.SAMPLES):
+        others = [j for j in range(3 * st.SAMPLES) if photos[j] == photos[i] and j != i]
+        assert float(advantages[i]) == pytest.approx(rewards[i] - rewards[others].mean(), abs=1e-5)
+
+
+def test_averaged_weights_are_the_ones_that_are_told_with(monkeypatch):
+    monkeypatch.setitem(st.RECIPES["original"], "averaging", 0.9)
+    run = begin(epochs=2)
+    trainer = st.Trainer(run.job())
+    mean, steps = weights(trainer), []
+    learn = trainer.train_step
+
+    def follow(batch, step):
+        learn(batch, step)
+        kept = min(0.9, (1 + step) / (10 + step))
+        for name, tensor in weights(trainer).items():
+            mean[name] = kept * mean[name] + (1 - kept) * tensor
+        steps.append(step)
+
+    trainer.train_step = follow
+    trainer.run()
+    assert steps == list(range(len(steps)))
+    state = last(run)
+    for name, tensor in mean.items():
+        torch.testing.assert_close(state["teller"][name], tensor, atol=1e-5, rtol=1e-4)
+        assert "weight" not in name or not torch.equal(state["model"][name], state["teller"][name])
+
+
+def test_training_ends_when_the_last_epochs_were_all_worse_than_the_best(monkeypatch):
+    monkeypatch.setitem(st.RECIPES["original"], "patience", 2)
+    ciders = iter([0.1, 0.4, 0.3, 0.2, 0.5])
+    trainer = st.Trainer(begin(epochs=5).job())
+    monkeypatch.setattr(trainer.cider, "score", lambda _: np.array([next(ciders)]))
+    trainer.run()
+    assert len(trainer.history) == 4 and trainer.best["epoch"] == 2
+
+
+def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_side(project, monkeypatch):
+    run = begin()
+    extracted = Path(run.job()["reads"]["01_extract_features"])
+    monkeypatch.setitem(st.RECIPES["original"], "flips", True)
+    try:
+        np.save(extracted / "features_flip.npy", np.load(extracted / "features.npy") + 100)
+        trainer = st.Trainer(run.job())
+        captions = np.arange(len(trainer.batches["train"].rows))
+        trainer.sides = torch.tensor([trainer.data.vocab.ids["two"]])
+        features, words = trainer._captions("train", captions)
+        mirrored = features.mean((1, 2)) > 50
+        named = (words == trainer.sides).any(1)
+        assert named.any() and not mirrored[named].any()
+        assert 0.3 < float(mirrored[~named].float().mean()) < 0.7
+        assert not (trainer._captions("val", np.arange(5))[0].mean((1, 2)) > 50).any()
+    finally:
+        (extracted / "features_flip.npy").unlink()

@@ -188,7 +188,7 @@ def training(m: Material, s: Sizes):
         features, ids = (torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in middle)))
         loss = float(baselines.loss(model, features, ids))
     for one, within in ((exact, 1e-5), (trainer, 0.01 if HALF else 1e-5)):
-        own = float(one._loss("train", middle, one.captioner, 0.0)[1]) / (data.lengths[middle].sum() - 64)
+        own = float(one._forward(one.captioner, *one._captions("train", middle))[1]) / (data.lengths[middle].sum() - 64)
         same(f"loss {own:.6f}, not {loss:.6f}", abs(own - loss) <= within * loss)
     shapes = []
     for batch in some(s.batches):
