@@ -41,7 +41,7 @@ run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folde
 	@set -e; $(foreach stage,$(STAGES),$(BIN)/papermill notebooks/$(stage).ipynb outputs/notebooks/$(stage).ipynb \
 		--log-output --no-progress-bar --execution-timeout 86400 $($(stage)) \
 		$(if $(DATASET),$(if $(filter-out 05_deploy,$(stage)),-p dataset_dir "$(DATASET)")) &&) true
-	@echo && cat outputs/04_evaluate/scores.md
+	@echo && cat outputs/04_evaluate/scores.md && echo && cat $(STAGES:%=outputs/%.txt)
 	@echo && echo "The Space is in outputs/05_deploy/space. Look at it: make demo MODEL=outputs/05_deploy/space/model"
 
 test: $(VENV)/test  ## all tests

@@ -1741,8 +1741,8 @@ class Trainer:
         self.settings, self.out, self.device = TrainSettings(**job["settings"]), Path(job["out"]), default_device()
         self.rank, self.world = join_processes(self.device)
         self.recipe = self.settings.resolved()
-        self.extracted, prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
-        self.data = CaptionData.load(self.extracted, prepared)
+        self.extracted, self.prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
+        self.data = CaptionData.load(self.extracted, self.prepared)
         pooled, flipped = DECODERS[self.recipe["decoder"]].pooled, self.extracted / "features_flip.npy"
         self.features = Features(self.extracted / "features.npy", pooled, self.device)
         self.flipped = Features(flipped, pooled, self.device) if self.recipe["flips"] and flipped.is_file() else None
@@ -1995,10 +1995,12 @@ class Trainer:
         """Describe the captioner: all that it takes to build it, and what it was trained on."""
         extracted, best = read_json(self.extracted / "manifest.json"), self.history[self.best["epoch"] - 1]
         facts, settings, recipe = extracted["facts"], extracted["settings"], dict(self.recipe)
+        stages = {"01_extract_features": settings, "02_vocab": read_json(self.prepared / "manifest.json")["settings"],
+                  "03_train_dual_t4": dataclasses.asdict(self.settings)}
         return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"), "vocabulary": len(self.data.vocab),
                 "backbone": facts["backbone"], "backbone_sha256": facts["backbone_sha256"], "regions": facts["regions"],
                 "width": facts["width"], "preprocessing": settings["preprocessing"], "precision": settings["precision"],
-                "dataset": extracted["dataset"], "recipe": self.settings.recipe,
+                "dataset": extracted["dataset"], "recipe": self.settings.recipe, "command": make_command(stages),
                 "training": {**recipe, "seed": self.settings.seed, "photos": len(self.data.rows["train"]),
                              "best_epoch": best["epoch"], "val_loss": best["val_loss"], "val_cider": best["val_cider"]},
                 "feature_mean": [float(f"{x:.7g}") for x in self.captioner.mean.tolist()],
@@ -2051,6 +2053,17 @@ class Trainer:
             print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
         else:
             self.at |= {"likelihood": 0.0, "reward": 0.0, "captions": 0}  # what all processes had is the first one's now
+
+def make_command(settings: dict[str, dict]) -> str:
+    """Return the command that repeats stages with these settings ({stage: its settings}); folders and files as words."""
+    words = []
+    for stage, chosen in settings.items():
+        usual = dataclasses.asdict(SETTINGS[stage]())
+        given = {name: value for name, value in chosen.items() if value != usual[name] and name not in LOCATIONS}
+        given |= {name: name.upper() for name in ("splits", "backbone_weights") if chosen.get(name)}
+        if given:
+            words.append(f"{stage}='{' '.join(f'-p {name} {value}' for name, value in given.items())}'")
+    return " ".join(["make run DATASET=FOLDER", *words])
 
 def train_worker(job: dict) -> None:
     """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""
@@ -2396,6 +2409,9 @@ def model_card(config: dict) -> str:
     """
     training, dataset = config["training"], config["dataset"]
     drawn = " **These are drawings, not photos: this captioner only shows that everything works.**" if dataset["sample"] else ""
+    # Both are named so by their makers, whose terms go on to what is learnt from them.
+    terms = (" Its photos and captions are for research and education only, and so is this captioner."
+             if "flickr" in dataset["name"].lower() else "")
     scores = config.get("scores", {})
     table = [f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |" for name, s in scores.items()]
     lines = ["---", "pipeline_tag: image-to-text", "library_name: pytorch", "tags: [image-captioning]", "---", "",
@@ -2403,11 +2419,12 @@ def model_card(config: dict) -> str:
              f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.", "",
              f"Trained on {training['photos']:,} photos of {dataset['name']}; the best of {training['epochs']} epochs was "
              f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (beam search, "
-             f"also chose the checkpoint).{drawn}", "",
+             f"also chose the checkpoint).{drawn}{terms}", "",
              *([f"Scores on the {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
                if table else []),
              "```python", "import storyteller_utils as st",
              'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)', "```", "",
+             f"Made by `{config['command']}`." if "command" in config else "", "",
              "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
              "counts and rare things, and it should decide nothing about anybody.", ""]
     return "\n".join(lines)

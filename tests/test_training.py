@@ -540,3 +540,15 @@ def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_
         assert not (trainer._captions("val", np.arange(5))[0].mean((1, 2)) > 50).any()
     finally:
         (extracted / "features_flip.npy").unlink()
+
+
+def test_the_card_says_the_command_that_makes_the_captioner_again_and_the_terms_of_flickrs_data():
+    run = begin(epochs=1, resume_from="")
+    trained(run)
+    config = st.read_json(run.out / "model/config.json")
+    assert config["command"] == ("make run DATASET=FOLDER 01_extract_features='-p backbone efficientnet_lite0' "
+                                 "02_vocab='-p min_count 2' 03_train_dual_t4='-p epochs 1 -p batch_size 32 -p precision float32'")
+    card = (run.out / "model/README.md").read_text()
+    assert config["command"] in card and "research and education only" not in card
+    config["dataset"]["name"] = "flickr8k"
+    assert "research and education only" in st.model_card(config)
