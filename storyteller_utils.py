@@ -1793,11 +1793,11 @@ class Trainer:
         mine, weight = (batch[self.rank::self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)
         if self.at["phase"]:
-            features, words, *weights = self._samples(mine, weight)
+            (features, words, *weights), smoothing = self._samples(mine, weight), 0.0
+            tokens = int(_gathered((words[:, 1:] != PAD).sum() * int(weight)).sum())
         else:
             (features, words), weights = self._captions("train", mine), ()
-        tokens = int(_gathered((words[:, 1:] != PAD).sum() * int(weight)).sum())
-        smoothing = 0.0 if self.at["phase"] else self.recipe["label_smoothing"]
+            tokens, smoothing = int(self.batches["train"].lengths[batch].sum()) - len(batch), self.recipe["label_smoothing"]
         slices = np.array_split(np.arange(len(words)), min(self.settings.accumulate, len(words)))
         for i, part in enumerate(slices):
             with self.model.no_sync() if self.world > 1 and i + 1 < len(slices) else contextlib.nullcontext():
@@ -1827,7 +1827,8 @@ class Trainer:
         Returns features (B, R, D), ids (B, T) and advantages (B,), which sum to 0 for each photo. An <end> counts as a word,
         or captions would learn to stop at "in front of a". Rennie et al., 2017; the mean of the other samples as baseline.
         """
-        features = self.features[self.data.rows["train"][photos]].repeat_interleave(SAMPLES, 0)
+        fixed = torch.tensor([any({"left", "right"} & set(words) for words in self.data.references["train"][i]) for i in photos])
+        features = self._see(self.data.rows["train"][photos], fixed).repeat_interleave(SAMPLES, 0)
         self.captioner.eval()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             drawn = [found[0].ids for found in sample_captions(self.captioner, features, seed=int(torch.randint(2**31, ())))]
@@ -1854,13 +1855,20 @@ class Trainer:
 
     def _captions(self, split: str, captions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return features (B, R, D) and ids (B, T) of captions; of training captions, half see their photo mirrored."""
-        batches, rows = self.batches[split], self.batches[split].rows[captions]
-        features, words = self.features[rows], batches.words(captions).to(self.device)
-        if self.flipped and split == "train":
-            # What is on the left of a mirrored photo, its captions call right: such captions keep the photo as it is.
-            mirrored = (torch.rand(len(rows)) < 0.5) & ~torch.isin(words.cpu(), self.sides).any(1)
+        rows, words = self.batches[split].rows[captions], self.batches[split].words(captions)
+        fixed = torch.isin(words, self.sides).any(1)
+        return self._see(rows, fixed) if split == "train" else self.features[rows], words.to(self.device)
+
+    def _see(self, rows: np.ndarray, fixed: Tensor) -> Tensor:
+        """Return features of training photos (B, R, D), half of them mirrored if there are mirrored views.
+
+        fixed  (B,)  where it may not be: what is on the left of a mirrored photo, captions call right
+        """
+        features = self.features[rows]
+        if self.flipped:
+            mirrored = (torch.rand(len(rows)) < 0.5) & ~fixed
             features[mirrored.to(self.device)] = self.flipped[rows[mirrored.numpy()]]
-        return features, words
+        return features
 
     def _forward(self, model: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
