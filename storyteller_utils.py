@@ -313,7 +313,8 @@ def _check(settings, **allowed) -> None:
         if isinstance(rule, list) and value not in rule:
             raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}")
 
-LENGTH_PREFERENCE = 0.9  # of beam search: the best CIDEr-D on validation photos, or as good as, for every decoder
+# Of beam search, chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
+LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 BIG = 10**9
 
@@ -393,7 +394,7 @@ class EvaluateSettings:
     beam_width: int = 5
     length_preference: float = LENGTH_PREFERENCE
     min_length: int = 0
-    no_repeat: int = 0
+    no_repeat: int = NO_REPEAT
     seed: int = 13
 
     def __post_init__(self):
@@ -2124,7 +2125,7 @@ class Hypothesis:
 
 @torch.inference_mode()
 def beam_search(captioner, features: Tensor, beam_width: int = 5, length_preference: float = LENGTH_PREFERENCE,
-                max_length: int = MAX_WORDS, min_length: int = 0, no_repeat: int = 0) -> list[list[Hypothesis]]:
+                max_length: int = MAX_WORDS, min_length: int = 0, no_repeat: int = NO_REPEAT) -> list[list[Hypothesis]]:
     """Search the likeliest captions of all photos (P, R, D) at once, with K = `beam_width` partial captions each.
 
     captioner          has `start` and `step` as `Captioner` does

@@ -127,7 +127,8 @@ def test_what_beam_search_says_a_caption_scores_is_its_likelihood(decoder):
     model, (features, _) = captioner(decoder), captions()
     with torch.no_grad():
         model.decoder.output.weight.mul_(3)
-    for photo, hypotheses in enumerate(st.beam_search(model, features, beam_width=4, length_preference=1.0, max_length=7)):
+    found = st.beam_search(model, features, beam_width=4, length_preference=1.0, max_length=7, no_repeat=0)
+    for photo, hypotheses in enumerate(found):
         assert len({tuple(h.ids) for h in hypotheses}) == len(hypotheses) >= 1
         for h in hypotheses:
             likelihood = model(features[photo:photo + 1], torch.tensor([[st.START, *h.ids]]))[1]

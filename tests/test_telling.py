@@ -85,7 +85,7 @@ def repeats(ids, n):
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_no_caption_says_the_same_words_twice_when_that_is_not_allowed(n):
     chain = Chain(vocabulary=7, photos=8, end=-3.0)
-    free = st.beam_search(chain, photos(8), beam_width=3, max_length=12)
+    free = st.beam_search(chain, photos(8), beam_width=3, max_length=12, no_repeat=0)
     assert any(repeats(h.ids, n) for found in free for h in found)
     for found in st.beam_search(chain, photos(8), beam_width=3, max_length=12, no_repeat=n):
         assert found and not any(repeats(h.ids, n) for h in found)
@@ -101,7 +101,7 @@ def test_no_caption_ends_before_its_shortest_allowed_length():
 @pytest.mark.parametrize("preference", [0.0, 0.7, 1.0])
 def test_a_wide_beam_finds_the_best_of_all_captions(preference):
     chain = Chain(vocabulary=7, photos=6)
-    told = st.beam_search(chain, photos(6), beam_width=200, length_preference=preference, max_length=4)
+    told = st.beam_search(chain, photos(6), beam_width=200, length_preference=preference, max_length=4, no_repeat=0)
     for photo, hypotheses in enumerate(told):
         ids, score = exhaustive(chain, photo, 4, preference)
         assert hypotheses[0].ids == ids and hypotheses[0].score == pytest.approx(score, abs=1e-5)
@@ -111,7 +111,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions(preference):
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_batched_beam_search_tells_what_a_plain_loop_over_photos_and_beams_tells(width):
     chain = Chain(vocabulary=12, photos=20, end=1.5, seed=width)
-    told = st.beam_search(chain, photos(20), beam_width=width, length_preference=0.7, max_length=12)
+    told = st.beam_search(chain, photos(20), beam_width=width, length_preference=0.7, max_length=12, no_repeat=0)
     for photo, hypotheses in enumerate(told):
         plain = plain_beam(chain, photo, width, 0.7, 12)
         assert [h.ids for h in hypotheses] == [ids for ids, _ in plain]
@@ -120,7 +120,7 @@ def test_batched_beam_search_tells_what_a_plain_loop_over_photos_and_beams_tells
 
 def test_width_one_takes_the_likeliest_word_each_time():
     chain = Chain(vocabulary=12, photos=8, end=1.0)
-    for photo, (hypothesis,) in enumerate(st.beam_search(chain, photos(8), beam_width=1, max_length=15)):
+    for photo, (hypothesis,) in enumerate(st.beam_search(chain, photos(8), beam_width=1, max_length=15, no_repeat=0)):
         word, ids = st.START, []
         while word != st.END and len(ids) < 15:
             word = int(log_probs(chain, photo, ids).argmax())
@@ -137,7 +137,7 @@ def test_photos_in_a_batch_do_not_influence_each_other():
 
 def test_a_model_that_never_ends_is_still_told():
     chain = Chain(vocabulary=9, photos=3, end=-1e9)
-    for photo, hypotheses in enumerate(st.beam_search(chain, photos(3), max_length=6)):
+    for photo, hypotheses in enumerate(st.beam_search(chain, photos(3), max_length=6, no_repeat=0)):
         plain = plain_beam(chain, photo, 5, st.LENGTH_PREFERENCE, 6)
         assert [h.ids for h in hypotheses] == [ids for ids, _ in plain] and len(hypotheses[0].ids) == 6
         assert [h.score for h in hypotheses] == pytest.approx([score for _, score in plain], abs=1e-5)
@@ -215,7 +215,9 @@ def test_paths_images_and_arrays_one_or_many_are_told_alike(storyteller, tmp_pat
     image.save(tmp_path / "photo.png")
     one = storyteller.tell(image)
     assert len(one) == 1
-    assert storyteller.tell([tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]) == one * 3
+    for other in storyteller.tell([tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]):
+        # Products of one row and of three round differently in the last digit.
+        assert other.words == one[0].words and other.score == pytest.approx(one[0].score, rel=1e-5)
     assert storyteller.tell([]) == []
 
 
@@ -315,7 +317,7 @@ def test_an_ensemble_gives_the_mean_of_its_members_probabilities():
         torch.manual_seed(seed)
         members.append(st.Captioner("attention", 6, 12, (torch.zeros(6), torch.ones(6)), hidden=8, embedding=4, attention=5))
     both, features = st.Ensemble(members).eval(), torch.randn(3, 9, 6)
-    found = st.beam_search(both, features, beam_width=3, length_preference=1.0, max_length=5)
+    found = st.beam_search(both, features, beam_width=3, length_preference=1.0, max_length=5, no_repeat=0)
     for photo, hypotheses in enumerate(found):
         for h in hypotheses:
             total, words = 0.0, torch.tensor([[st.START, *h.ids]])

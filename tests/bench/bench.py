@@ -32,6 +32,7 @@ import storyteller_utils as st
 
 FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = 31_783, 25_426, 3_179  # all; of them to train on; to test on
 HALF = DTYPE != torch.float32
+PLAIN = {"length_preference": 0.7, "no_repeat": 0}  # the rules of beam search that published notebooks have
 
 @dataclass(frozen=True)
 class Sizes:
@@ -213,7 +214,7 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     rows = np.arange(most) % s.told
 
     def ours(count):
-        return [found[0].ids for found in st.tell_all(captioner, features, rows[:count], beam_width=width)]
+        return [found[0].ids for found in st.tell_all(captioner, features, rows[:count], beam_width=width, **PLAIN)]
 
     def theirs():
         return [plain_search(plain, one.mean(1) if pooled else one) for one in features[:s.plain_told].split(1)]
@@ -229,7 +230,7 @@ def step_shapes(captioner: st.Captioner, features: torch.Tensor, width: int) -> 
     """List the products with the weights of a step (the LSTM's and the output's) that searching these photos takes."""
     rows, step, d = [], captioner.step, captioner.decoder
     captioner.step = lambda words, state: rows.append(len(words)) or step(words, state)
-    st.beam_search(captioner, features, width)
+    st.beam_search(captioner, features, width, **PLAIN)
     del captioner.step
     once = ("encoder", "begin", "key", "embedding", "output")
     weights = [d.output.weight, *(p for name, p in d.named_parameters() if p.ndim == 2 and not name.startswith(once))]
@@ -270,8 +271,8 @@ def one_photo(m: Material, s: Sizes, backbone: str, weights: str, network, how, 
     own = teller.extract([path])[:, 0]
     alike = float(torch.cosine_similarity(own, features()))
     same(f"features of {backbone}, cosine {alike:.5f}", alike >= least)
-    same(f"caption on {backbone}", teller.tell(path)[0].words == caption(own))
-    took = interleave(2 * s.rounds + 1, lambda: teller.tell(path), lambda: caption(features()),
+    same(f"caption on {backbone}", teller.tell(path, **PLAIN)[0].words == caption(own))
+    took = interleave(2 * s.rounds + 1, lambda: teller.tell(path, **PLAIN), lambda: caption(features()),
                       lambda: teller.backbone(ready, 1))
     return row(f"one photo, {backbone}", "ms", *(1000 * one for one in took), f"ours <= {most}")
 
