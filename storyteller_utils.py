@@ -1654,7 +1654,7 @@ RECIPES = {
                     "label_smoothing": 0.1, "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05, "averaging": 0.998,
                     "patience": 3, "self_critical": 0, "flips": True},
 }
-RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
+RECIPES["best"] = RECIPES["attention"]
 SAMPLES = 5  # captions that self-critical training draws of a photo
 SELF_CRITICAL_RATE, SELF_CRITICAL_AVERAGING = 4e-5, 0.98
 CHECKPOINT_SECONDS = 300
@@ -2431,7 +2431,7 @@ def model_card(config: dict) -> str:
              f"Trained on {training['photos']:,} photos of {dataset['name']}; the best of {training['epochs']} epochs was "
              f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (beam search, "
              f"also chose the checkpoint).{drawn}{terms}", "",
-             *([f"Scores on the {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
+             *([f"Scores on {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
                if table else []),
              "```python", "import storyteller_utils as st",
              'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)', "```", "",
@@ -2841,7 +2841,7 @@ def _space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Pa
             **{f"model/{name}": model_dir / name for name in MODEL_FILES[:4 + carried]}}
 
 def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
-                scores: dict | None = None, scored_on: str = "test photos") -> Path:
+                scores: dict | None = None, scored_on: str = "the test photos") -> Path:
     """Compose a Space, ready to push, and `space.zip` beside it; the whole folder or nothing.
 
     space_dir  the repository's space/: app.py, style.css, README.md, requirements.txt, examples/

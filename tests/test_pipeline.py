@@ -99,7 +99,8 @@ def test_the_readmes_usage_example_runs_as_shown(inside):
 def test_the_terminal_tells_what_the_module_tells(inside):
     photo = next(Path("outputs/sample_dataset/Images").glob("*.jpg"))
     caption = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell(photo, beam_width=5)[0].caption
-    told = subprocess.run([sys.executable, "storyteller_utils.py", "tell", photo], capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "storyteller_utils.py", "tell", photo, "--model",
+                           "outputs/03_train_dual_t4/model"], capture_output=True, text=True)
     assert told.stdout.strip() == caption
 
 

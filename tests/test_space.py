@@ -404,7 +404,7 @@ def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
     for name in listing(tiny_model):
         (model / name).write_bytes((tiny_model / name).read_bytes())
     scores = {"BLEU-4": {"value": 0.22222, "low": 0.2, "high": 0.24}}
-    config = st.read_json(model / "config.json") | {"scores": scores, "scored_on": "test photos"}
+    config = st.read_json(model / "config.json") | {"scores": scores, "scored_on": "the test photos"}
     st.write_json(model / "config.json", config)
     (model / ".env").write_text(TOKEN)
     st.push_model(model, "me/captioner", token=TOKEN)
