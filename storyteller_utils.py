@@ -1309,11 +1309,12 @@ class Features:
 
     path     features.npy, (N, R, D) float16
     pooled   average the grid, for decoders that see the photo as one vector
+    copies   how many such files all processes of this machine hold together
 
     On the device when they fit into a third of its memory, else in memory by the same rule, else memory-mapped.
     """
 
-    def __init__(self, path: Path | str, pooled: bool, device: torch.device):
+    def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.float16 or array.ndim != 3:
             raise ArtifactError(f"{path} should be float16 (N, R, D), not {array.dtype} {array.shape}.")
@@ -1324,7 +1325,7 @@ class Features:
             array = np.concatenate([array[i:i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
                                     for i in range(0, len(array), 256)])
             self.regions = 1
-        size, memory = array.nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size, memory = array.nbytes * copies, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if size < memory / 3:
             array = torch.from_numpy(np.array(array))
             if device.type == "cuda" and size < torch.cuda.get_device_properties(device).total_memory / 3:
@@ -1745,11 +1746,14 @@ class Trainer:
         self.extracted, self.prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
         self.data = CaptionData.load(self.extracted, self.prepared)
         pooled, flipped = DECODERS[self.recipe["decoder"]].pooled, self.extracted / "features_flip.npy"
-        self.features = Features(self.extracted / "features.npy", pooled, self.device)
-        self.flipped = Features(flipped, pooled, self.device) if self.recipe["flips"] and flipped.is_file() else None
+        mirrored = self.recipe["flips"] and flipped.is_file()
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + mirrored)
+        self.features = Features(self.extracted / "features.npy", pooled, self.device, copies)
+        self.flipped = Features(flipped, pooled, self.device, copies) if mirrored else None
         self.batches = {split: self.data.batches(split, self.recipe["batch_size"], self.recipe["max_caption_length"])
                         for split in ("train", "val")}
-        self.sides = torch.tensor([self.data.vocab.ids[word] for word in ("left", "right") if word in self.data.vocab.ids])
+        ids = self.data.vocab.ids
+        self.sides = torch.tensor([ids[word] for word in ("left", "right") if word in ids], dtype=torch.long)
         self.cider = CiderD(self.data.references["val"])
         self.precision, self.reason = precision_here(self.device, self.settings.precision)
         torch.manual_seed(self.settings.seed)

@@ -288,6 +288,7 @@ def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
     array = np.random.default_rng(0).normal(3, 2, (50, 49, 8)).astype(np.float16)
     np.save(tmp_path / "features.npy", array)
     held = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
+    assert isinstance(st.Features(tmp_path / "features.npy", False, held.device, copies=10**9).array, np.memmap)
     monkeypatch.setattr(st.os, "sysconf", lambda name: 10)
     mapped = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
     assert isinstance(held.array, torch.Tensor) and isinstance(mapped.array, np.memmap)
