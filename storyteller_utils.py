@@ -1065,12 +1065,48 @@ def save_weights(path: Path | str, tensors: dict[str, Tensor], metadata: dict[st
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         temporary.chmod(0o644)  # as other files are, not for this user alone
 
+class _Bottleneck(nn.Module):
+    """A block of ResNet50, its tensors named as torchvision's. Of three convolutions, the 3x3 has the stride (in the
+    network of 2015, the first 1x1), and a fourth fits the shortcut where the size changes.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, stride_in_1x1: bool):
+        super().__init__()
+        for i, (channels, kernel, step) in enumerate(((width, 1, stride if stride_in_1x1 else 1),
+                                                      (width, 3, 1 if stride_in_1x1 else stride), (4 * width, 1, 1)), 1):
+            before = inputs if i == 1 else width
+            setattr(self, f"conv{i}", nn.Conv2d(before, channels, kernel, step, kernel // 2, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
+        self.downsample = nn.Identity() if inputs == 4 * width else nn.Sequential(
+            nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_())).relu_()
+        return self.bn3(self.conv3(inner)).add_(self.downsample(x)).relu_()
+
+def _resnet50(stride_in_1x1: bool) -> nn.Module:
+    """Build ResNet50 up to its last feature map, without weights (He et al., 2016).
+
+    Not by torchvision, the import of which costs a second: it imports torch's compiler.
+    """
+    network = nn.Sequential()
+    with torch.device("meta"):  # random weights would take longer to draw than the real ones to read
+        network.add_module("conv1", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+        network.add_module("bn1", nn.BatchNorm2d(64))
+        network.add_module("relu", nn.ReLU(inplace=True))
+        network.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
+        for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+            blocks = [_Bottleneck(width if stage == 0 else 2 * width, width, min(stage + 1, 2), stride_in_1x1 and stage > 0)]
+            blocks += [_Bottleneck(4 * width, width, 1, False) for _ in range(depth - 1)]
+            network.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+    return network
+
 def _build_resnet50(weights: str) -> Backbone:
-    from torchvision.models import ResNet50_Weights, resnet50
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = load_weights(weights)
     else:
+        from torchvision.models import ResNet50_Weights
         try:
             # The original project's weights; V2, trained longer, by name.
             wanted = ResNet50_Weights[weights or "IMAGENET1K_V1"]
@@ -1085,15 +1121,9 @@ def _build_resnet50(weights: str) -> Backbone:
             raise ArtifactError(f"ResNet50's weights could not be downloaded ({error}). Switch the internet on, or add a "
                                 f"dataset that holds {name} ({wanted.url}) to this notebook's inputs, or set "
                                 "backbone_weights to a file (.safetensors or .pth) with them.") from None
-    with torch.device("meta"):  # its own random weights would take longer to draw than these to read
-        network = resnet50(weights=None)
-    network.avgpool, network.fc = nn.Identity(), nn.Identity()
+    # torchvision's network would read weights of 2015 without an error, and wrongly.
     stride = {key: value for key, value in metadata.items() if key == "stride_in_1x1" and value.lower() == "true"}
-    if stride:
-        # The network of 2015 has its stride in the 1x1 convolution; torchvision's would read its weights wrongly.
-        for block in (network.layer2[0], network.layer3[0], network.layer4[0]):
-            block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
-    return Backbone("resnet50", network, tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
+    return Backbone("resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
 
 def _build_efficientnet_lite0(weights: str) -> Backbone:
     try:
