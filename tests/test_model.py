@@ -50,6 +50,20 @@ def test_the_loss_is_cross_entropy_over_real_words_only(smoothing, decoder):
 
 
 @every_decoder
+@pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, False), (0.0, True)])
+def test_the_gradient_is_that_of_cross_entropy(smoothing, weighted, decoder, monkeypatch):
+    monkeypatch.setattr(st._WordLoss, "SLICE", 4)  # so that there are several, and a last one of another size
+    model, (features, words) = captioner(decoder), captions()
+    weights = torch.randn(len(words)) if weighted else None
+    ours = torch.autograd.grad(3 * model(features, words, smoothing, weights)[0], list(model.parameters()))
+    logits = model.decoder.output(model.decoder.read(model.standardise(features), words[:, :-1]))
+    each = F.cross_entropy(logits.transpose(1, 2), words[:, 1:], label_smoothing=smoothing, ignore_index=st.PAD, reduction="none")
+    loss = (each if weights is None else each * weights[:, None]).sum()
+    for gradient, plain in zip(ours, torch.autograd.grad(3 * loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(gradient, plain, atol=1e-4, rtol=1e-4)
+
+
+@every_decoder
 def test_padding_changes_neither_the_loss_nor_the_gradient(decoder):
     model, (features, words) = captioner(decoder), captions()
     longer = F.pad(words, (0, 7), value=st.PAD)
