@@ -326,8 +326,8 @@ class ExtractSettings:
     backbone_weights: str = ""
     preprocessing: str = "squash"
     regions: int = 1
-    batch_size: int = 32
     flips: str = "no"
+    batch_size: int = 32
     max_photos: int = 0
     precision: str = "auto"
 
