@@ -260,8 +260,8 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
     processes  on this machine; 0: as many as there are GPUs, at least one
 
     With `machines` above 1, the first waits here for the others, on each of which the printed command is run, in a copy of
-    the project's folder with its outputs/, made now: the job is described in there. The notebook's own process never touches CUDA. A worker's failure is raised
-    here under the same message.
+    the project's folder with its outputs/, made now: the job is described in there. The notebook's own process never touches
+    CUDA. A worker's failure is raised here under the same message.
     """
     job, failure = run.out / ".job.json", run.out / ".failure.json"
     write_json(job, run.job())
@@ -374,7 +374,8 @@ class TrainSettings:
     def __post_init__(self):
         _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
                max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
-               select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS, max_hours=(0, BIG), machines=(1, 1024))
+               select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS,
+               max_hours=(0, BIG), machines=(1, 1024))
         if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
             raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
 
@@ -953,8 +954,8 @@ class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
 
     name             what `load_backbone` calls it
-    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), or that flattened, or
-                     to tokens (B, N, D), of which those before the last square number are no regions
+    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), also channels last,
+                     or to tokens (B, N, D), of which those before the last square number are no regions
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
@@ -1002,11 +1003,11 @@ class Backbone(nn.Module):
         if grid.ndim == 3:
             side = math.isqrt(grid.shape[1])
             grid = grid[:, -side * side:].transpose(1, 2).unflatten(-1, (side, side))
-        elif grid.ndim == 4 and grid.shape[1] != self.width:
+        elif grid.shape[1] != self.width:
             grid = grid.permute(0, 3, 1, 2)  # channels last, as Swin's
-        if grid.ndim == 4 and regions > 1 and grid[0, 0].numel() != regions:
+        if regions > 1 and grid[0, 0].numel() != regions:
             grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
-        grid = grid.reshape(len(photos), self.width, -1).transpose(1, 2)
+        grid = grid.flatten(2).transpose(1, 2)
         return grid.mean(1, keepdim=True) if regions == 1 else grid
 
     def save(self, path: Path | str) -> None:
@@ -1172,7 +1173,8 @@ def _build_torchvision(name: str, weights: str) -> Backbone:
     else:
         chosen = models.get_model_weights(name)[weights or "DEFAULT"]
         tensors = _fetched(wanted, lambda: chosen.get_state_dict(check_hash=True))
-    tensors = {k if k.startswith("classifier.") and k in network.state_dict() else f"classifier.{k}": t for k, t in tensors.items()}
+    own = network.state_dict()  # which says "classifier." before every name; so does what `Backbone.save` wrote
+    tensors = {k if k.startswith("classifier.") and k in own else f"classifier.{k}": t for k, t in tensors.items()}
     return Backbone(wanted, network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
 
 def _build_timm(name: str, weights: str) -> Backbone:
@@ -2228,9 +2230,7 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
         before, (logits, state) = state, captioner.step(words.flatten(), state)
         beams, ids, logits = scores.shape[1], ids.clone(), logits.float().view(len(alive), scores.shape[1], -1)
         if 0 < no_repeat < length:
-            said = ids[..., :length - 1].unfold(-1, no_repeat, 1)
-            again = (said[..., :-1] == ids[..., None, length - no_repeat:length - 1]).all(-1)
-            logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)
+            _forbid_repeats(logits, ids[..., :length - 1], no_repeat)
         ended, scores, parent, words = _extend(scores, logits, beam_width)
         if length <= min_length:
             ended = torch.full_like(ended, -torch.inf)
@@ -2270,6 +2270,12 @@ def _extend(scores: Tensor, logits: Tensor, beam_width: int) -> tuple[Tensor, Te
     going, place = going.topk(min(beam_width, going.shape[1]))
     worst_kept = torch.cat([going, ending], 1).topk(going.shape[1]).values[:, -1:]
     return ending.where(ending >= worst_kept, -torch.inf), going, place // best.shape[-1], word.flatten(1).gather(1, place)
+
+def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
+    """Take all chance from words by which captions (P, K, T) would say the same n words again; changes logits (P, K, V)."""
+    said = ids.unfold(-1, n, 1)
+    again = (said[..., :-1] == ids[..., None, ids.shape[-1] - n + 1:]).all(-1)
+    logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)
 
 def _rows(ids: Tensor, places: Tensor) -> Tensor:
     return ids.gather(1, places[..., None].expand(-1, -1, ids.shape[-1]))

@@ -475,22 +475,6 @@ def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(mon
     assert_same(last(run)["model"], expected)
 
 
-def test_the_gradient_of_self_critical_training_is_that_of_the_expected_reward():
-    # Of one photo and captions of one word, the expected reward can be written out and differentiated.
-    torch.manual_seed(0)
-    logits = torch.randn(6, requires_grad=True)
-    rewards = torch.randn(6)
-    exact, = torch.autograd.grad(-(logits.softmax(0) * rewards).sum(), logits)
-    total, rounds = torch.zeros(6), 4000
-    for _ in range(rounds):
-        drawn = torch.multinomial(logits.detach().softmax(0), st.SAMPLES, replacement=True)
-        given = rewards[drawn]
-        advantages = (given - given.mean()) * (st.SAMPLES / (st.SAMPLES - 1))
-        loss = -(logits.log_softmax(0)[drawn] * advantages).sum() / st.SAMPLES
-        total += torch.autograd.grad(loss, logits)[0]
-    torch.testing.assert_close(total / rounds, exact, atol=0.02, rtol=0)
-
-
 def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
     trainer = st.Trainer(begin(dropout=-1).job())
     trainer.at["phase"] = 1
