@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import itertools
@@ -64,22 +65,78 @@ def kaggle_input() -> Path | None:
     return folder if folder.is_dir() else None
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that takes its place once the block has ended without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a disk that is full or may not be written into one ArtifactError that names `path`."""
     try:
-        yield temporary
-        if temporary.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over a full one
-        else:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:  # safetensors has its own, with the number in its text
+        number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        name = re.sub(r"\.([^/]+)\.\d+\.tmp", r"\1", str(path))  # what the temporary folder around it will be called
+        raise ArtifactError(f"{name} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. Make room, or "
+                            "make the folder writable, and run the notebook again: it goes on where it stopped.") from None
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that takes its place once the block has ended without an error.
+
+    Raises ArtifactError when the disk is full or may not be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_dir():
+                shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over a full one
+            else:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+_locks: dict[Path, io.TextIOBase] = {}  # of folders that this process works in
+
+def lock(folder: Path, seconds: float = 5) -> None:
+    """Take a folder for this process, and for the workers that it starts, until `unlock` or its end.
+
+    seconds  to wait for another one: a worker outlives a notebook that was killed by a moment
+
+    Raises ArtifactError when another process has the folder, or when it may not be written.
+    """
+    import fcntl
+    folder = folder.resolve()
+    if folder in _locks:  # a cell that is run again
+        return
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="ascii")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise ArtifactError(f"Another run works in {folder} (process {file.read() or 'unknown'}). Wait until it has "
+                                    "ended, or end it: a notebook lets go when its kernel stops.") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    _locks[folder] = file
+
+def unlock(folder: Path) -> None:
+    """Let go of a folder."""
+    if file := _locks.pop(folder.resolve(), None):
+        file.close()
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
@@ -94,7 +151,7 @@ def read_json(path: Path | str) -> dict:
     """Read a JSON object; ArtifactError says which file is missing or broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is missing or is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
@@ -106,13 +163,19 @@ def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence])
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
 
-def read_table(path: Path | str):
-    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word and not a gap."""
+def read_table(path: Path | str, *columns: str):
+    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word and not a gap.
+
+    Raises ArtifactError when it is none, or lacks one of `columns`.
+    """
     import pandas as pd
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
+    if missing := set(columns) - set(table.columns):
+        raise ArtifactError(f"{path} has no column {', '.join(sorted(missing))}.")
+    return table
 
 def sha256(what) -> str:
     """Return the sha256, as hex digits, of a file's bytes (a path) or of a value's canonical JSON."""
@@ -155,8 +218,9 @@ def find_artifact(stage: str) -> Artifact:
     manifest = {}
     with contextlib.suppress(ArtifactError):
         manifest = read_json(found[0] / "manifest.json")
-    if manifest.get("stage") != stage or not manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}:
-        raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}. Run {stage}.ipynb again.")
+    if manifest.get("stage") != stage or manifest.pop("seal", "") != sha256(manifest):
+        raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}, or has changed since it was written. "
+                            f"Run {stage}.ipynb again.")
     for name, entry in manifest["files"].items():
         path = found[0] / name
         if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
@@ -210,6 +274,7 @@ class Run:
         A line with seconds, peak memory and the facts stays in outputs/<stage>.txt. A stage that was stopped half-way
         (unfinished.json) gets no manifest.
         """
+        unlock(self.out)
         if (self.out / "unfinished.json").is_file():
             print(f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped.")
             return
@@ -217,12 +282,13 @@ class Run:
                  for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "." and p != self.out / "manifest.json"}
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
         decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
-        write_json(self.out / "manifest.json", {
+        manifest = {
             "stage": self.stage, "dataset": dataset, "settings": settings, "facts": facts, "files": files,
             "edition": sha256([self.stage, dataset["fingerprint"], decided, files]),
             "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
             "seconds": round(time.time() - self.started, 1), "module": sha256(Path(__file__)),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}})
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
+        write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
         told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if len(str(v)) < 40)
         write_text(OUTPUTS / f"{self.stage}.txt", f"{self.stage}: {time.time() - self.started:.0f} s, at most "
                    f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n")
@@ -249,8 +315,12 @@ def start(stage: str, **settings) -> Run:
     if getattr(checked, "backbone", None) == "":
         checked = dataclasses.replace(checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50")
     out = OUTPUTS / stage
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "manifest.json").unlink(missing_ok=True)
+    lock(out)
+    with _writing(out):
+        out.mkdir(exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)
+        for left in [*out.rglob(".*.tmp"), *OUTPUTS.glob(f".{stage}.*.tmp")]:  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     print(f"{stage}" + (f" on {dataset.describe()}" if dataset else ""))
     return Run(stage, checked, dataset, out)
 
@@ -263,9 +333,8 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
     the project's folder with its outputs/, made now: the job is described in there. The notebook's own process never touches
     CUDA. A worker's failure is raised here under the same message.
     """
-    job, failure = run.out / ".job.json", run.out / ".failure.json"
+    job = run.out / ".job.json"
     write_json(job, run.job())
-    failure.unlink(missing_ok=True)
     processes, machines = processes or max(1, torch.cuda.device_count()), getattr(run.settings, "machines", 1)
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--nnodes={machines}"]
     if machines > 1:
@@ -276,19 +345,21 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
         others = [word.replace("rank=0", f"rank={rank}") for word in torchrun]
         print(f"{f'machine {rank}: ' if machines > 1 else ''}$ python", *others, Path(__file__).name, command, job)
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "STORYTELLER_FAILURE": str(failure.resolve())}
-    worker = subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    tail = ""
-    try:
-        while chunk := os.read(worker.stdout.fileno(), 4096).decode(errors="replace"):
-            print(chunk, end="", file=sys.stderr, flush=True)
-            tail = (tail + chunk)[-2000:]
-    finally:
-        worker.terminate()  # where this notebook was stopped, its worker stops too
-        status = worker.wait()
-    told = read_json(failure) if failure.is_file() else {}
-    failure.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:  # not beside the results, where the disk may be full
+        failure = Path(scratch) / "failure.json"
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "STORYTELLER_FAILURE": str(failure)}
+        worker = subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+                                  pass_fds=[file.fileno() for file in _locks.values()])
+        tail = ""
+        try:
+            while chunk := os.read(worker.stdout.fileno(), 4096).decode(errors="replace"):
+                print(chunk, end="", file=sys.stderr, flush=True)
+                tail = (tail + chunk)[-2000:]
+        finally:
+            worker.terminate()  # where this notebook was stopped, its worker stops too
+            status = worker.wait()
+        told = read_json(failure) if failure.is_file() else {}
     killed = status in (-9, 137) or "SIGKILL" in tail  # what the others say then is only that they lost one
     if told and not killed:
         raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(told["type"], RuntimeError)(told["message"])
@@ -498,9 +569,15 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
         return _open_dataset(Path(dataset_dir))
     if inputs is None:
         folder = OUTPUTS / "sample_dataset"
-        folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
-            draw_sample_dataset(folder, images=SAMPLE_PHOTOS)
+            lock(folder, seconds=300)  # another stage may be drawing it
+            try:
+                for left in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
+                    shutil.rmtree(left)
+                if not folder.is_dir():
+                    draw_sample_dataset(folder, images=SAMPLE_PHOTOS)
+            finally:
+                unlock(folder)
         return dataclasses.replace(_open_dataset(folder), is_sample=True)
     found = []
     for folder, folders, files in os.walk(inputs):
@@ -519,15 +596,20 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
 def _open_dataset(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise ArtifactError(f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()}).")
-    paths, captions = [], []
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+    paths, captions, visited = [], [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        # A link may lead back to a folder above it.
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and os.path.realpath(Path(root, f)) not in visited)
+        visited.update(os.path.realpath(Path(root, f)) for f in folders)
         paths += [Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."]
         captions += [Path(root, f) for f in files if f in CAPTION_FILES]
     if not paths:
         raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
     if not captions:
         raise ArtifactError(f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}.")
+    for path in paths:
+        if not str(path).isprintable():
+            raise ArtifactError(f"The name of the photo {str(path)!r} has characters that are no text. Rename it.")
     captions.sort(key=lambda p: (len(p.parts), CAPTION_FILES.index(p.name), str(p)))
     base = Path(os.path.commonpath([p.parent for p in paths]))
     photos = {p.relative_to(base).as_posix(): p for p in paths}
@@ -777,7 +859,7 @@ def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 24
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: delete it to draw the sample again.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+    with _writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
         drawn, rows = Path(unfinished) / folder.name, [("image", "caption")]
         (drawn / "Images").mkdir(parents=True)
         for i in tqdm(range(images), desc="drawing", unit="scene", mininterval=1):
@@ -1271,10 +1353,11 @@ def extract_worker(job: dict) -> None:
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
     dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
     names, size = dataset.some(settings.max_photos), settings.batch_size
+    versions = [(stat.st_size, stat.st_mtime_ns) for stat in (os.lstat(dataset.photos[name]) for name in names)]
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
     views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored
-    key = sha256([names, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions, views])
+    key = sha256([names, versions, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions, views])
     shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
@@ -1301,24 +1384,36 @@ def extract_worker(job: dict) -> None:
 
 def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]) -> None:
     """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
-    notes = [note for shard in shards for note in json.loads(str(np.load(shard)["notes"]))]
+    notes = [note for shard in shards for note in json.loads(str(_read_shard(shard, "notes")))]
     bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
     write_csv(out / "skipped.csv", ["image", "reason"], bad)
     if len(bad) > len(names) / 100:
         shutil.rmtree(out / ".partial")  # once they are mended, the next run reads them again
         raise ArtifactError(f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
                             f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}.")
+    good = np.array([not problem for _, _, problem in notes])
     for view in views:
-        with replacing(out / f"{view}.npy") as temporary:
-            shape, row = np.load(shards[0])[view].shape[1:], 0
-            array = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(names) - len(bad), *shape))
-            for shard in map(np.load, shards):
-                kept = shard[view][[not problem for _, _, problem in json.loads(str(shard["notes"]))]]
-                array[row:row + len(kept)] = kept
-                row += len(kept)
-            array.flush()
-    good = [(name, size, digest) for name, (size, digest, problem) in zip(names, notes, strict=True) if not problem]
-    write_csv(out / "images.csv", ["row", "image", "bytes", "sha256"], [(row, *image) for row, image in enumerate(good)])
+        # Not through a memory map: a disk that is full would end the process without a word.
+        with replacing(out / f"{view}.npy") as temporary, open(temporary, "wb") as file:
+            row = 0
+            for shard in shards:
+                features = _read_shard(shard, view)
+                if row == 0:
+                    np.lib.format.write_array_header_1_0(file, {
+                        "descr": "<f2", "fortran_order": False, "shape": (int(good.sum()), *features.shape[1:])})
+                file.write(features[good[row:row + len(features)]].tobytes())
+                row += len(features)
+    read = [(name, size, digest) for name, (size, digest, problem) in zip(names, notes, strict=True) if not problem]
+    write_csv(out / "images.csv", ["row", "image", "bytes", "sha256"], [(row, *image) for row, image in enumerate(read)])
+
+def _read_shard(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path) as shard:
+            return shard[name]
+    except Exception as error:  # of zipfile, zlib or numpy
+        path.unlink(missing_ok=True)
+        raise ArtifactError(f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb again: it makes only "
+                            "what is missing.") from None
 
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
@@ -1347,8 +1442,11 @@ class Features:
     """
 
     def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
-        array = np.load(path, mmap_mode="r")
-        if array.dtype != np.float16 or array.ndim != 3:
+        try:
+            array = np.load(path, mmap_mode="r")
+        except Exception as error:  # a header that is broken raises nearly everything there is
+            raise ArtifactError(f"{path} holds no features: {error}. Run 01_extract_features.ipynb again.") from None
+        if array.dtype != np.float16 or array.ndim != 3 or not array.size:
             raise ArtifactError(f"{path} should be float16 (N, R, D), not {array.dtype} {array.shape}.")
         if not pooled and array.shape[1] == 1:
             raise ArtifactError(f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49.")
@@ -1383,6 +1481,8 @@ class Features:
             total, squares = total + block.sum(0), squares + (block * block).sum(0)
         count = len(rows) * self.regions
         mean = total / count
+        if not mean.isfinite().all():
+            raise ArtifactError("Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'.")
         return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
 
 class CaptionBatches:
@@ -1774,9 +1874,9 @@ class CaptionData:
     @classmethod
     def load(cls, extracted: Path, prepared: Path) -> CaptionData:
         """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
-        row_of = {name: row for row, name in enumerate(read_table(extracted / "images.csv")["image"])}
-        skipped = set(read_table(extracted / "skipped.csv")["image"])
-        table = read_table(prepared / "captions.csv")
+        row_of = {name: row for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])}
+        skipped = set(read_table(extracted / "skipped.csv", "image")["image"])
+        table = read_table(prepared / "captions.csv", "image", "split", "caption")
         missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
         if missing:
             raise ArtifactError(f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
@@ -2087,7 +2187,7 @@ class Trainer:
         facts, settings, recipe = extracted["facts"], extracted["settings"], dict(self.recipe)
         stages = {"01_extract_features": settings, "02_vocab": read_json(self.prepared / "manifest.json")["settings"],
                   "03_train_dual_t4": dataclasses.asdict(self.settings)}
-        return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"), "vocabulary": len(self.data.vocab),
+        return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"),
                 "backbone": facts["backbone"], "backbone_sha256": facts["backbone_sha256"], "regions": facts["regions"],
                 "width": facts["width"], "preprocessing": settings["preprocessing"], "precision": settings["precision"],
                 "dataset": extracted["dataset"], "recipe": self.settings.recipe, "command": make_command(stages),
@@ -2362,7 +2462,8 @@ class Storyteller:
     """
 
     def __init__(self, config: dict, vocab: Vocab, captioner: Captioner, folder: Path | None = None):
-        self.config, self.vocab, self.folder = config, vocab, folder  # the folder may hold backbone.safetensors
+        self.config = config | {"vocabulary": len(vocab), "vocabulary_sha256": sha256(vocab.words)}
+        self.vocab, self.folder = vocab, folder  # which may hold backbone.safetensors
         self.captioner = captioner.eval().requires_grad_(False)
         self._backbone: Backbone | None = None
 
@@ -2387,14 +2488,27 @@ class Storyteller:
         config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
         weights, _ = load_weights(folder / "model.safetensors")
         try:
-            moments = torch.tensor(config["feature_mean"]), torch.tensor(config["feature_deviation"])
-            captioner = Captioner(config["decoder"], config["width"], config["vocabulary"], moments, **config["sizes"])
-            captioner.load_state_dict({k: v.float() for k, v in weights.items()})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{folder} holds no captioner that fits together: {str(error)[:300]}") from None
-        if len(vocab) != config["vocabulary"] or not all(w.isfinite().all() for w in weights.values()):
-            raise ArtifactError(f"{folder} is broken: its vocabulary has {len(vocab)} words, its config says "
-                                f"{config['vocabulary']}, or its weights are not numbers. Train or download it again.")
+            if sha256(vocab.words) != config["vocabulary_sha256"]:
+                raise ValueError("vocab.json is that of another captioner")
+            if not all(isinstance(size, int) and 0 < size <= 10_000 for size in config["sizes"].values()):
+                raise ValueError(f"its sizes are {config['sizes']}")
+            moments = torch.tensor([config["feature_mean"], config["feature_deviation"]], dtype=torch.float32)
+            if not all(tensor.isfinite().all() for tensor in (moments, *weights.values())) or not moments[1].gt(0).all():
+                raise ValueError("some of its numbers are no numbers, or a deviation is not above 0")
+            find_backbone(config["backbone"])
+            build = partial(Captioner, config["decoder"], config["width"], len(vocab), moments, **config["sizes"])
+            with torch.device("meta"):  # whatever sizes it names, here they take no memory
+                blank = build().to("meta")
+                blank.step(torch.zeros(1, dtype=torch.long), blank.start(torch.zeros(1, config["regions"], config["width"])))
+            if {k: v.shape for k, v in blank.state_dict().items()} != {k: v.shape for k, v in weights.items()}:
+                raise ValueError("model.safetensors holds tensors of other names or shapes than config.json says")
+            captioner = build()
+            captioner.load_state_dict(weights)
+            for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
+                config[other]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            why = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)[:300]
+            raise ArtifactError(f"{folder} holds no captioner that fits together: {why}. Train or download it again.") from None
         return cls(config, vocab, captioner.to(device), folder)
 
     def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:

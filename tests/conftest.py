@@ -84,7 +84,7 @@ def tiny_model(tmp_path_factory) -> Path:
     for parameter in captioner.parameters():
         parameter.data.mul_(3)
     captioner.decoder.output.bias.data[st.END] = -9
-    config = {"decoder": "lstm", "sizes": sizes, "vocabulary": len(vocab), "width": width, "regions": 1,
+    config = {"decoder": "lstm", "sizes": sizes, "width": width, "regions": 1,
               "backbone": backbone.name, "backbone_sha256": backbone.sha256, "preprocessing": "squash",
               "precision": "auto",
               "dataset": {"name": "tiny", "photos": 10, "fingerprint": "0", "sample": False}, "recipe": "original",

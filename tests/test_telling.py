@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -177,7 +179,7 @@ def storyteller():
     captioner = st.Captioner("lstm", 1280, 44, (torch.rand(1280) + 0.2, torch.rand(1280) + 0.5), embedding=16, hidden=32)
     backbone = st.load_backbone("efficientnet_lite0")
     config = {
-        "decoder": "lstm", "sizes": {"embedding": 16, "hidden": 32}, "vocabulary": 44, "backbone": backbone.name,
+        "decoder": "lstm", "sizes": {"embedding": 16, "hidden": 32}, "backbone": backbone.name,
         "backbone_sha256": backbone.sha256, "regions": 1, "width": 1280, "preprocessing": "squash", "precision": "float32",
         "dataset": {"name": "nothing", "photos": 0, "sample": True, "fingerprint": ""}, "recipe": "original",
         "training": {"epochs": 0, "photos": 0, "best_epoch": 0, "val_cider": 0.0},
@@ -282,6 +284,45 @@ def break_shape(folder):
 def cut_short(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:len(data) // 2])
+
+
+def change(**entries):
+    def harm(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | entries))
+    return harm
+
+
+def swap_words(folder):
+    vocab = json.loads((folder / "vocab.json").read_text())
+    words = vocab["words"]
+    (folder / "vocab.json").write_text(json.dumps({**vocab, "words": words[:4] + words[:3:-1]}))
+
+
+class Trace:
+    """Unpickled, it leaves a file behind."""
+    def __reduce__(self):
+        return os.mkdir, ("a-pickle-was-run",)
+
+
+def pickle_over(name):
+    return lambda folder: (folder / name).write_bytes(pickle.dumps(Trace()))
+
+
+@pytest.mark.parametrize("harm", [change(sizes={"embedding": 10**9, "hidden": 10**9}), change(width=10**12), change(regions="many"),
+                                  change(feature_mean=[math.nan] * 1280), change(feature_deviation=[0.0] * 1280),
+                                  change(feature_mean=[1.0] * 5), change(decoder="magic"), change(sizes={"layers": 2}),
+                                  change(sizes=[1]), change(feature_mean="none"), change(backbone=5), swap_words,
+                                  *map(pickle_over, ["config.json", "vocab.json", "model.safetensors"]),
+                                  lambda folder: (folder / "config.json").write_text("[" * 100_000),
+                                  lambda folder: (folder / "vocab.json").write_text('{"words": ' + "[" * 100_000),
+                                  lambda folder: (folder / "config.json").write_text("[]")])
+def test_a_hostile_captioner_is_one_artifact_error_and_runs_nothing(saved, harm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    harm(saved)
+    with pytest.raises(st.ArtifactError, match="model"):
+        st.Storyteller.from_pretrained(saved)
+    assert not (tmp_path / "a-pickle-was-run").exists()
 
 
 @pytest.mark.parametrize("harm", [break_vocabulary, break_weights, break_config, break_shape, cut_short,

@@ -53,7 +53,7 @@ class Material:
         features = loaded(st._load_batch(self.some(8), "squash")[0], 1)[:, 0]
         captioner = random_captioner("lstm", loaded.width, (features.mean(0), features.std(0) + 0.1))
         config = {
-            "decoder": "lstm", "sizes": {}, "vocabulary": VOCABULARY, "width": loaded.width, "regions": 1,
+            "decoder": "lstm", "sizes": {}, "width": loaded.width, "regions": 1,
             "backbone": backbone, "backbone_sha256": loaded.sha256, "preprocessing": "squash", "precision": "auto",
             "recipe": "original", "dataset": {"name": "nothing", "sample": True},
             "training": {"photos": 0, "epochs": 0, "best_epoch": 0, "val_cider": 0.0},
