@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test demo notebooks kaggle bench clean
+.PHONY: help run test demo notebooks kaggle bench faults mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
@@ -56,6 +56,12 @@ notebooks: $(VENV)/test  ## run the notebooks on the sample and store them with 
 
 bench: $(VENV)/test  ## every step against how published notebooks do it, on this machine
 	$(BIN)/python tests/bench/bench.py
+
+faults: $(VENV)/test  ## kill, starve and damage every stage, and see that nothing is lost
+	$(BIN)/python tests/faults.py
+
+mutants: $(VENV)/test  ## plant twenty bugs, one at a time, and see that the fast tests catch them
+	$(BIN)/python tests/mutants.py
 
 kaggle: $(VENV)/run  ## five self-contained notebooks for Kaggle's Import Notebook
 	@set -e; copies=$$(mktemp -d); $(BIN)/python kaggle/push.py --dry-run $$copies; mkdir -p outputs/kaggle; \

@@ -69,8 +69,11 @@ def _writing(path: Path) -> Iterator[None]:
     """Turn a disk that is full or may not be written into one ArtifactError that names `path`."""
     try:
         yield
-    except Exception as error:  # safetensors has its own, with the number in its text
-        number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
+    except Exception as error:
+        # safetensors has its own error, with the number in its text; torch.save hides it behind another one.
+        chain = [error, error.__context__]
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else next((e.errno for e in chain if isinstance(e, OSError)), None)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         name = re.sub(r"\.([^/]+)\.\d+\.tmp", r"\1", str(path))  # what the temporary folder around it will be called
@@ -386,6 +389,7 @@ def _check(settings, **allowed) -> None:
 
 # Of beam search, chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
 LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
+PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 BIG = 10**9
 
@@ -396,6 +400,7 @@ class ExtractSettings:
     backbone: str = ""
     backbone_weights: str = ""
     preprocessing: str = "squash"
+    photo_size: int = PHOTO_SIZE
     regions: int = 1
     flips: str = "no"
     batch_size: int = 32
@@ -403,7 +408,7 @@ class ExtractSettings:
     precision: str = "auto"
 
     def __post_init__(self):
-        _check(self, preprocessing=["squash", "crop"], regions=[1, 49], batch_size=(1, 4096), flips=["yes", "no"],
+        _check(self, preprocessing=["squash", "crop"], photo_size=(64, 1024), regions=[1, 49], batch_size=(1, 4096), flips=["yes", "no"],
                max_photos=(0, BIG), precision=PRECISIONS)
         if self.backbone:
             find_backbone(self.backbone)
@@ -736,15 +741,17 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
 def _split_lists(path: Path) -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     if path.is_file():
-        for image in read_json(path).get("images", []):
-            split = "train" if image.get("split") == "restval" else image.get("split")
-            lists.setdefault(split, []).append(image.get("filename", ""))
+        try:
+            for image in read_json(path)["images"]:
+                lists["train" if image["split"] == "restval" else image["split"]].append(image["filename"])
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is not Karpathy's JSON (images[].filename, .split): {error!r}") from None
     for split, others in {"train": "train", "val": "dev", "test": "test"}.items():
         for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
             if file.is_file():
-                lists[split] += file.read_text(encoding="utf-8-sig").split("\n")
-        lists[split] = [name.strip() for name in lists[split] if name.strip()]
-    if not lists["train"] or not lists["val"] or lists.keys() > {"train", "val", "test"}:
+                lists[split] += file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        lists[split] = [str(name).strip() for name in lists[split] if str(name).strip()]
+    if not lists["train"] or not lists["val"]:
         raise ArtifactError(f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
                             "lists, or to be Karpathy's JSON file.")
     return lists
@@ -971,7 +978,6 @@ class Vocab:
 # 5. Photos to features
 # ---------------------------------------------------------------------------------------------------------------------
 
-PHOTO_SIZE = 224
 CPU_SLICE = 8  # photos a forward pass on a CPU: what the layers hand on stays in its cache, 1.3 times as fast as 32
 MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decoded is refused before it is decoded
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
@@ -1019,18 +1025,19 @@ def _pil_photo(image) -> Tensor:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-def preprocess(photo: Tensor, how: str = "squash") -> Tensor:
-    """Resize a decoded photo (3, height, width) to (3, 224, 224), uint8.
+def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Tensor:
+    """Resize a decoded photo (3, height, width) to (3, side, side), uint8.
 
-    how  "squash": the whole photo, since captions describe all of it; "crop": the shorter side to 232, then the middle
+    how  "squash": the whole photo, since captions describe all of it; "crop": the shorter side to 232 / 224 of `side`,
+         then the middle
     """
     height, width = photo.shape[1:]
-    size = [PHOTO_SIZE, PHOTO_SIZE]
+    size = [side, side]
     if how == "crop":
-        size = [232 * height // min(height, width), 232 * width // min(height, width)]
+        size = [232 * side * length // (224 * min(height, width)) for length in (height, width)]
     photo = nn.functional.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
-    top, left = (round((side - PHOTO_SIZE) / 2) for side in size)
-    return photo[:, top:top + PHOTO_SIZE, left:left + PHOTO_SIZE]
+    top, left = (round((length - side) / 2) for length in size)
+    return photo[:, top:top + side, left:left + side]
 
 class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
@@ -1320,14 +1327,16 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
     """
     return find_backbone(name)(weights)
 
-def _load_batch(paths: Sequence[Path], how: str) -> tuple[Tensor, list[tuple[int, str, str]]]:
-    """Decode photos into (B, 3, 224, 224), uint8, and notes for `Extraction.add`; an unreadable one stays black."""
-    photos, notes = torch.zeros(len(paths), 3, PHOTO_SIZE, PHOTO_SIZE, dtype=torch.uint8), []
+def _load_batch(paths: Sequence[Path], how: str, side: int = PHOTO_SIZE) -> tuple[Tensor, list[tuple[int, str, str]]]:
+    """Decode photos into (B, 3, side, side), uint8; an unreadable one stays black. Returns also each one's number of bytes,
+    their sha256, and what is wrong with it.
+    """
+    photos, notes = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8), []
     for i, path in enumerate(paths):
         data, problem = b"", ""
         try:
             data = path.read_bytes()
-            photos[i] = preprocess(open_photo(data), how)
+            photos[i] = preprocess(open_photo(data), how, side)
         except (ValueError, OSError) as error:
             problem = " ".join(str(error).split())
         notes.append((len(data), hashlib.sha256(data).hexdigest(), problem))
@@ -1357,16 +1366,22 @@ def extract_worker(job: dict) -> None:
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
     views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored
-    key = sha256([names, versions, size, backbone.sha256, str(dtype), settings.preprocessing, settings.regions, views])
+    side, how = settings.photo_size, settings.preprocessing
+    key = sha256([names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views])
     shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
         done = f"; {len(shards) - len(left)} of {len(shards)} batches were done before" if world == 1 else ""
         print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
     backbone.prepare(device, dtype)
+    if side != PHOTO_SIZE:
+        try:
+            backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
+        except Exception as error:  # each family has its own
+            raise ValueError(f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}") from None
     paths = [[dataset.photos[name] for name in names[i * size:(i + 1) * size]] for i in left]
     with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
-        for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, settings.preprocessing), paths), strict=True):
+        for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True):
             with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
                 seen = {name: backbone(photos.flip(-1) if mirrored else photos, settings.regions).half().cpu().numpy()
                         for name, mirrored in views.items()}
@@ -2189,7 +2204,8 @@ class Trainer:
                   "03_train_dual_t4": dataclasses.asdict(self.settings)}
         return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"),
                 "backbone": facts["backbone"], "backbone_sha256": facts["backbone_sha256"], "regions": facts["regions"],
-                "width": facts["width"], "preprocessing": settings["preprocessing"], "precision": settings["precision"],
+                "width": facts["width"], "preprocessing": settings["preprocessing"],
+                "photo_size": settings["photo_size"], "precision": settings["precision"],
                 "dataset": extracted["dataset"], "recipe": self.settings.recipe, "command": make_command(stages),
                 "training": {**recipe, "seed": self.settings.seed, "photos": len(self.data.rows["train"]),
                              "best_epoch": best["epoch"], "val_loss": best["val_loss"], "val_cider": best["val_cider"]},
@@ -2201,10 +2217,10 @@ class Trainer:
         at = self.at | {what: self.total(what) for what in ("likelihood", "reward", "captions")}
         self.saved = time.monotonic()
         if self.rank == 0:
-            with replacing(self.out / "last.pt") as temporary:
+            with replacing(self.out / "last.pt") as temporary, open(temporary, "wb") as file:
                 torch.save({"key": self.key, "at": at, "history": self.history, "told": self.told, "best": self.best,
                             "model": self.captioner.state_dict(), "teller": self.teller.state_dict(),
-                            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, temporary)
+                            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
 
     def checkpoint(self) -> Path | None:
         """Return the last.pt to go on from: `resume_from`, else this folder's if it is of an unfinished run, else, on Kaggle,
@@ -2540,7 +2556,8 @@ class Storyteller:
 
     def extract(self, images: Sequence) -> Tensor:
         """Turn photos (paths, PIL images or arrays) into features (B, R, D), rounded as 01 stores them."""
-        photos = torch.stack([preprocess(open_photo(image), self.config["preprocessing"]) for image in images])
+        how, side = self.config["preprocessing"], self.config.get("photo_size", PHOTO_SIZE)
+        photos = torch.stack([preprocess(open_photo(image), how, side) for image in images])
         return self.backbone(photos, self.config["regions"]).half().float()
 
     def tell(self, images, **options) -> list[Telling]:

@@ -1,5 +1,7 @@
 """Datasets, caption formats and splits: no caption is lost silently, no photo is in two splits."""
+import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -130,20 +132,23 @@ def test_captions_of_other_photos_are_an_error_that_shows_one(tmp_path):
     with pytest.raises(st.ArtifactError, match="(?s)2 captions.*zebra.jpg"):
         told(tmp_path, "image,caption\nzebra.jpg,A zebra .\nyak.jpg,A yak .\n")
 
-WORD = some.text("ab é'\"|#\t,.-1", max_size=12)
-NAME = some.sampled_from(["dog.jpg", "cat.jpg", "zebra.jpg", "x/dog.jpg", "../dog.jpg", "dog.jpg.1", "", "dog"])
+WORD = some.one_of(some.text("ab é'\"|#\t,.-1", max_size=12), some.sampled_from([
+    "כלב רץ על הדשא", "😀 👩‍👩‍👧", "a dog " * 10_000, "\u202ea dog\u202c", "a\u2028b", "A dog ."]))
+NAME = some.sampled_from(["dog.jpg", "cat.jpg", "zebra.jpg", "x/dog.jpg", "../dog.jpg", "../../etc/dog.jpg", "dog.jpg.1", "", "dog",
+                          "big dog.jpg"])
 
 @settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(lines=some.lists(some.tuples(NAME, WORD)), form=some.sampled_from(["comma", "pipe", "token"]),
-       newline=some.sampled_from(["\n", "\r\n"]))
-def test_every_line_of_any_file_is_read_reported_or_blank(tmp_path, lines, form, newline):
+       newline=some.sampled_from(["\n", "\r\n"]), encoding=some.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_every_line_of_any_file_is_read_reported_or_blank(tmp_path, lines, form, newline, encoding):
     layout = {"comma": "{},{}", "pipe": "{}| 0| {}", "token": "{}#0\t{}"}[form]
     first = {"comma": "image,caption", "pipe": "image_name| comment_number| comment", "token": "sky.jpg#1\tBlue ."}[form]
     written = [first, layout.format("sky.jpg", "A sky ."), *(layout.format(*line) for line in lines)]
-    captions = st.read_captions(dataset(tmp_path, newline.join(written)))
+    photos = ["dog.jpg", "cat.jpg", "sky.jpg", "big dog.jpg"]
+    captions = st.read_captions(dataset(tmp_path, newline.join(written).encode(encoding), photos))
     expected = len(written) - (form != "token")
     assert len(captions.rows) + len(captions.unread) + sum(captions.without_photo.values()) == expected
-    assert {name for name, _ in captions.rows} <= {"dog.jpg", "cat.jpg", "sky.jpg"}
+    assert {name for name, _ in captions.rows} <= set(photos)
     assert all(caption.strip() for _, caption in captions.rows)
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
@@ -156,7 +161,48 @@ def test_any_bytes_are_captions_or_an_error_that_names_the_file(tmp_path, data, 
     else:
         assert captions.rows
 
+JSON = some.recursive(some.none() | some.integers() | some.text(max_size=4) | some.sampled_from(["dog.jpg", "train", "val"]),
+                      lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.sampled_from(
+                          ["images", "filename", "split", "sentences", "raw"]), inner, max_size=4), max_leaves=12)
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(value=some.dictionaries(some.sampled_from(["images", "filename"]), JSON, min_size=1))
+def test_any_json_is_captions_and_splits_or_an_error_that_names_the_file(tmp_path, value):
+    data = dataset(tmp_path, json.dumps(value), file="dataset.json")
+    for read in (lambda: st.read_captions(data), lambda: st.split_photos(list(data.photos), 0, str(data.captions))):
+        with contextlib.suppress(st.ArtifactError):
+            read()
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(texts=some.lists(some.binary(max_size=20) | some.sampled_from([b"dog.jpg", b"cat.jpg\r\nsky.jpg"]), min_size=3, max_size=3))
+def test_any_lists_are_a_split_or_one_error(tmp_path, texts):
+    for split, text in zip(("train", "val", "test"), texts, strict=True):
+        (tmp_path / f"{split}.txt").write_bytes(text)
+    with contextlib.suppress(st.ArtifactError):
+        assert set(st.split_photos(["dog.jpg", "cat.jpg", "sky.jpg"], 0, str(tmp_path)).values()) >= {"train", "val"}
+
 # Finding a dataset
+
+def test_links_to_photos_and_to_folders_of_photos_are_followed_and_a_circle_ends(tmp_path):
+    dataset(tmp_path / "disk", "x", photos=["dog.jpg", "deep/cat.jpg"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/Images").symlink_to(tmp_path / "disk/Images")
+    (tmp_path / "disk/Images/deep/again").symlink_to(tmp_path / "disk/Images")
+    (tmp_path / "disk/Images/sky.jpg").symlink_to(tmp_path / "disk/Images/dog.jpg")
+    (tmp_path / "disk/Images/gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "data/captions.txt").write_text("image,caption\ndog.jpg,A dog .\ndeep/cat.jpg,A cat .\nsky.jpg,The sky .\n")
+    found = st.find_dataset(str(tmp_path / "data"))
+    assert list(found.photos) == ["deep/cat.jpg", "dog.jpg", "gone.jpg", "sky.jpg"]
+    assert st.read_captions(found).without_caption == ["gone.jpg"]
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    folder = dataset(tmp_path, "image,caption\ndog.jpg,A dog .\n").folder
+    try:
+        Path(os.fsdecode(os.fsencode(folder / "Images") + b"/caf\xe9.jpg")).write_bytes(ONE_PIXEL)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    with pytest.raises(st.ArtifactError, match="caf.*Rename it"):
+        st.find_dataset(str(folder))
 
 def test_a_folder_without_photos_or_without_captions_says_what_is_missing(tmp_path):
     with pytest.raises(st.ArtifactError, match="nowhere.*not a folder"):

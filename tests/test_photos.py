@@ -140,6 +140,19 @@ def test_a_truncated_photo_is_refused(tmp_path, drawn, format, cut):
     with pytest.raises(ValueError, match="half.jpg cannot be read: .*(?i:truncated|incomplete)"):
         st.open_photo(tmp_path / "half.jpg")
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_photo_cut_anywhere_is_refused_or_whole(format):
+    data = encoded(Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB"), format)
+    whole = st.open_photo(data)
+    for end in range(0, len(data), 10):
+        try:
+            photo = st.open_photo(data[:end])
+        except ValueError as error:
+            assert str(error).startswith("the photo cannot be read: ")
+        else:
+            assert photo.shape == whole.shape
+            if format != "GIF":
+                assert end > 0.9 * len(data)  # what is missing is no pixel
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
                                   b"<html>403 Forbidden</html>"])
 def test_what_is_no_image_is_refused_by_its_name(tmp_path, data):
