@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test demo notebooks kaggle bench faults mutants clean
+.PHONY: help run test demo notebooks kaggle bench faults load mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
@@ -59,6 +59,9 @@ bench: $(VENV)/test  ## every step against how published notebooks do it, on thi
 
 faults: $(VENV)/test  ## kill, starve and damage every stage, and see that nothing is lost
 	$(BIN)/python tests/faults.py
+
+load: $(VENV)/test  ## thirty-two visitors at once for a minute: errors, memory, waiting times
+	$(BIN)/python tests/load.py
 
 mutants: $(VENV)/test  ## plant twenty bugs, one at a time, and see that the fast tests catch them
 	$(BIN)/python tests/mutants.py

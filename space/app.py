@@ -99,7 +99,7 @@ def controls():
             gr.Slider(1, 10, 5, step=1, label="Beam width", info="sentences it weighs up at once"))
 
 
-with gr.Blocks(title="Neural Storyteller", delete_cache=(600, 3600), analytics_enabled=False,
+with gr.Blocks(title="Neural Storyteller", delete_cache=(120, 1200), analytics_enabled=False,
                **({} if NEW else LOOK)) as demo:
     gr.Markdown("# Neural Storyteller\nShow it a photo, and it tells in one sentence what it sees. " + (
         "**This one learned from drawings only: it will be wrong about photos.**" if LEARNED["sample"] else
@@ -130,7 +130,7 @@ with gr.Blocks(title="Neural Storyteller", delete_cache=(600, 3600), analytics_e
         saved = gr.File(label="The same as CSV", height=100)
     with gr.Tab("About"):
         gr.Markdown(re.sub(r"\A---\n.*?\n---\n", "", CARD, flags=re.S) + "\n\n"
-                    "Photos sent to this page stay here, for about an hour at most, and are passed on to nobody.")
+                    "Photos sent to this page stay here, for about twenty minutes at most, and are passed on to nobody.")
     asked, told = [photo, method, width, length, heat, seed], [story, best, took, looked]
     changes = [photo.change, method.input, width.release, length.release, heat.release]
     for event in (button.click(caption, asked, told, api_name="caption"),

@@ -17,6 +17,9 @@ import torch  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fast: one of those that together take under 45 s and that mutants.py runs")
+
 hypothesis.settings.register_profile("suite", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as some
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 ONE_PIXEL = bytes.fromhex("47494638396101000100800000ffffff00000021f90401000000002c00000000010001000002024401003b")
 
 def dataset(folder: Path, text, photos=("dog.jpg", "cat.jpg", "sky.jpg"), file: str = "captions.txt", below: str = "Images"):

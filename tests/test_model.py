@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 
 def captioner(decoder="lstm", vocabulary=50, width=12, **sizes):
     torch.manual_seed(3)

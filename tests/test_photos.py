@@ -61,6 +61,7 @@ def test_a_palette_is_looked_up():
     image.putdata([0, 1])
     assert pixels(encoded(image)).tolist() == [[[10, 20, 30], [200, 100, 50]]]
 
+@pytest.mark.fast
 def test_what_is_transparent_is_white():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
@@ -79,6 +80,7 @@ STORED = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_270}
 
+@pytest.mark.fast
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_a_photo_taken_with_a_turned_camera_is_upright(format, orientation):
@@ -280,6 +282,7 @@ def test_resnet50_made_fast_computes_what_torchvisions_does(drawn):
     assert pooled.shape == (3, 1, 2048) and grid.shape == (3, 49, 2048) and pooled.dtype == torch.float32
     assert near(pooled, reference) and near(grid.mean(1), reference)
 
+@pytest.mark.fast
 def test_the_grid_reads_from_the_upper_left_in_rows():
     backbone = st.load_backbone("efficientnet_lite0").prepare(CPU, torch.float32)
     photos = torch.full((2, 3, 224, 224), 127, dtype=torch.uint8)

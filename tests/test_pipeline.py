@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import storyteller_utils as st
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "hf_thisTokenMustShowUpNowhere"
 PAPERMILL = [Path(sys.executable).with_name("papermill"), "--no-progress-bar", "--execution-timeout", "600"]
 
 
@@ -34,8 +36,12 @@ def executed(tmp_path_factory):
     """A folder in which the five notebooks have run, each replaced by its executed copy."""
     folder = tmp_path_factory.mktemp("pipeline")
     copy_project(folder)
-    for stage in st.STAGES:
-        papermill(folder, stage)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKEN"):
+            patch.setenv(name, TOKEN)
+        (folder / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+        for stage in st.STAGES:
+            papermill(folder, stage)
     return folder
 
 
@@ -53,6 +59,23 @@ def test_every_stage_finishes_and_is_built_on_what_was_there(inside):
     assert set(manifests["03_train_dual_t4"]["files"]) >= {
         "last.pt", "history.csv", "curves.png", "model/config.json", "model/vocab.json", "model/model.safetensors"}
     assert set(manifests["05_deploy"]["files"]) >= {"space.zip", "space/app.py", "space/storyteller_utils.py"}
+
+
+def test_tokens_that_lie_around_show_up_in_nothing_that_the_notebooks_leave(inside):
+    (inside / ".env").unlink()
+    files = [path for path in inside.rglob("*") if path.is_file()]
+    assert len(files) > 800 and not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    with zipfile.ZipFile("outputs/05_deploy/space.zip") as archive:
+        assert not [name for name in archive.namelist() if ".env" in name or TOKEN.encode() in archive.read(name)]
+
+
+def test_the_same_seed_gives_the_same_features_words_weights_and_captions_again(inside, tmp_path):
+    copy_project(tmp_path)
+    for stage in list(st.STAGES)[:4]:
+        papermill(tmp_path, stage)
+    for name in ("01_extract_features/features.npy", "01_extract_features/images.csv", "02_vocab/captions.csv", "02_vocab/vocab.json",
+                 "03_train_dual_t4/model/model.safetensors", "03_train_dual_t4/told.csv", "04_evaluate/captions.csv"):
+        assert Path("outputs", name).read_bytes() == (tmp_path / "outputs" / name).read_bytes(), name
 
 
 def test_unseen_scenes_are_captioned_well(inside):

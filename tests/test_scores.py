@@ -14,6 +14,8 @@ from hypothesis import strategies as some
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 SUBJECTS = "a man|a woman|two dogs|a brown dog|the little girl|a child 's toy|three people".split("|")
 ACTIONS = "runs|is running|sits|is sitting quietly|jumps and jumps|does n't move|plays with a ball".split("|")
 PLACES = "on the beach|in the snow|in the tall green grass|near a red car|on a bench|by the sea at night".split("|")

@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import types
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import look_around
+from load import page, storm
 from local_hub import LocalHub
 from PIL import Image
 
@@ -113,6 +116,24 @@ def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
         raise ValueError(f"{photos[0]} is odd")
     monkeypatch.setattr(app.TELLER, "tell", refuse)
     assert app.attempt(app.TELLER, [str(CAT)], {}) == ["cat.jpg is odd"]
+
+
+def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, address, tmp_path):
+    for path in ("/etc/passwd", str(ROOT / "space/app.py"), str(ROOT / "storyteller_utils.py"), f"{ROOT}/space/../Makefile"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}gradio_api/file={path}")
+        assert refused.value.code in (403, 404) and b"Traceback" not in refused.value.read()
+    frequency, age = app.demo.delete_cache
+    assert frequency <= 120 and age <= 1200
+
+
+def test_a_crowd_gets_the_captions_of_a_single_visitor_or_hears_that_the_queue_is_full(tmp_path):
+    photos = [CAT, COFFEE]
+    teller = st.Storyteller.from_pretrained(ROOT / "space/model")
+    with page(tmp_path) as (address, process):
+        found = storm(address, photos, 6, process.pid)
+    assert not found["errors"] and found["captions"] == {p.name: {teller.tell(p)[0].caption} for p in photos}
+    assert np.mean(found["memory"][-10:]) < 1.2 * np.mean(found["memory"][10:20])
 
 
 def test_curl_captions_as_the_readme_shows(client, address):

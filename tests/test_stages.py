@@ -11,6 +11,8 @@ import torch
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 FEATURES, VOCAB, TRAIN, EVALUATE, DEPLOY = st.STAGES
 
 @pytest.fixture

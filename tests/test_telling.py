@@ -13,6 +13,8 @@ from PIL import Image
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 
 class Chain:
     """A captioner whose next word depends on the photo, the place and the last two words, by random tables."""

@@ -104,6 +104,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("step", [2, 11])
 def test_a_run_stopped_in_the_middle_goes_on_to_the_very_same_weights(monkeypatch, step):
     whole = trained(begin())
@@ -174,6 +175,7 @@ def test_a_broken_checkpoint_is_one_artifact_error(data):
         trained(run)
 
 
+@pytest.mark.fast
 def test_slices_of_a_batch_give_the_gradient_of_the_whole():
     whole, sliced = st.Trainer(begin(dropout=-1).job()), st.Trainer(begin(dropout=-1, accumulate=4).job())
     for trainer in (whole, sliced):
@@ -216,6 +218,7 @@ def test_captions_are_cut_to_the_longest_that_was_allowed():
     assert trainer.batches["train"].lengths.max() == 5 + 2  # and <start> and <end>
 
 
+@pytest.mark.fast
 def test_the_learning_rate_warms_up_and_falls():
     trainer = st.Trainer(begin(epochs=50).job())
     rates = [trainer.learning_rate(step) for step in range(50 * len(trainer.batches["train"]))]
@@ -475,6 +478,7 @@ def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(mon
     assert_same(last(run)["model"], expected)
 
 
+@pytest.mark.fast
 def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
     trainer = st.Trainer(begin(dropout=-1).job())
     trainer.at["phase"] = 1
@@ -521,6 +525,7 @@ def test_training_ends_when_the_last_epochs_were_all_worse_than_the_best(monkeyp
     assert len(trainer.history) == 4 and trainer.best["epoch"] == 2
 
 
+@pytest.mark.fast
 def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_side(project, monkeypatch):
     run = begin()
     extracted = Path(run.job()["reads"]["01_extract_features"])

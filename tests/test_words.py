@@ -13,6 +13,8 @@ from hypothesis import strategies as some
 
 import storyteller_utils as st
 
+pytestmark = pytest.mark.fast
+
 FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
 needs_java = pytest.mark.skipif(not shutil.which("java") or not importlib.util.find_spec("pycocoevalcap"),
                                 reason="COCO's tokenizer needs java and pycocoevalcap")
