@@ -164,12 +164,13 @@ def test_more_length_preference_tells_longer_captions():
     assert mean[0] < mean[1] < mean[2]
 
 
-def test_samples_follow_the_captioners_probabilities():
-    chain = Chain(vocabulary=8, photos=1)
-    told = st.sample_captions(chain, torch.zeros(4000, 1, 1), seed=1, max_length=1)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_captioners_probabilities_at_their_temperature(temperature):
+    chain, features = Chain(vocabulary=8, photos=1), torch.zeros(4000, 1, 1)
+    told = st.sample_captions(chain, features, temperature, seed=1, max_length=1)
     counts = np.bincount([h[0].ids[0] for h in told], minlength=8) / 4000
-    assert counts == pytest.approx(log_probs(chain, 0, []).softmax(-1).numpy(), abs=0.03)
-    again = st.sample_captions(chain, torch.zeros(4000, 1, 1), seed=1, max_length=1)
+    assert counts == pytest.approx((log_probs(chain, 0, []) / temperature).softmax(-1).numpy(), abs=0.03)
+    again = st.sample_captions(chain, features, temperature, seed=1, max_length=1)
     assert [h[0].ids for h in told] == [h[0].ids for h in again]
 
 

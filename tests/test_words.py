@@ -133,3 +133,11 @@ def test_what_is_left_of_the_difference_does_not_move_bleu_and_cider(monkeypatch
         people, others = [group[0] for group in groups], [group[1:] for group in groups]
         scores.append([*st.bleu(st.bleu_statistics(people, others)), st.CiderD(others).score(people).mean()])
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+
+
+@given(some.lists(some.lists(some.sampled_from(["a", "dog", "runs", "é"]), max_size=6), max_size=8), some.integers(1, 4))
+def test_a_vocabulary_has_the_words_that_occur_often_enough_the_most_frequent_first(captions, least):
+    told = [word for caption in captions for word in caption]
+    words = st.Vocab.build(captions, least).words[4:]
+    assert set(words) == {word for word in told if told.count(word) >= least}
+    assert [told.count(word) for word in words] == sorted(map(told.count, words), reverse=True)
