@@ -2573,6 +2573,21 @@ class Storyteller:
             told += self.tell_features(self.extract(images[i:i + 32]), **options)
         return told
 
+    def tell_each(self, images: Sequence[Path | str], **options) -> list[Telling | str]:
+        """Tell about each photo, and go on where one cannot be told about: its place then holds a sentence that says why.
+
+        The sentence shows strangers no folder and no detail of an error that nobody foresaw, which goes to stderr.
+        """
+        try:
+            return self.tell(images, **options)
+        except Exception as error:
+            if len(images) > 1:
+                return [self.tell_each([image], **options)[0] for image in images]
+            if isinstance(error, ValueError):
+                return [str(error).replace(f"{Path(images[0]).parent}{os.sep}", "")]
+            traceback.print_exception(error)
+            return [f"{Path(images[0]).name} could not be captioned."]
+
     def tell_features(self, features: Tensor, method: str = "beam", beam_width: int = 5,
                       length_preference: float = LENGTH_PREFERENCE, temperature: float = 1.0, seed: int = 0,
                       **limits) -> list[Telling]:
@@ -3288,13 +3303,13 @@ def _tell(arguments) -> None:
     storyteller = Storyteller.from_pretrained(arguments.model, default_device())
     rows, failed = [], 0
     for path in paths:
-        try:
-            rows.append((str(path), storyteller.tell(path, beam_width=arguments.beam_width)[0].caption))
-        except ValueError as error:
+        told, = storyteller.tell_each([path], beam_width=arguments.beam_width)
+        if isinstance(told, str):
             failed += 1
-            print(error, file=sys.stderr)
+            print(f"{path}: {told}", file=sys.stderr)
             continue
-        print(rows[-1][1] if len(paths) == 1 else f"{path}: {rows[-1][1]}", flush=True)
+        rows.append((str(path), told.caption))
+        print(told.caption if len(paths) == 1 else f"{path}: {told.caption}", flush=True)
     if arguments.csv:
         write_csv(arguments.csv, ["image", "caption"], rows)
     if failed:

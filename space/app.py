@@ -1,12 +1,10 @@
 """The web page of Neural Storyteller: a photo in, one sentence about it out. The work is in storyteller_utils.py."""
-import csv
 import os
 import random
 import re
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "0")  # read when gradio is imported
@@ -37,25 +35,12 @@ LAUNCH = {"max_file_size": "15mb", "ssr_mode": False, **(LOOK if NEW else {}),
           "share": os.environ.get("GRADIO_SHARE", "").lower() == "true"}  # gradio would publish by itself on Kaggle
 
 
-def attempt(teller, photos, options):
-    """Caption photos together, or each by itself where one fails. Returns a Telling or an error message for each."""
-    try:
-        return teller.tell(photos, **options)
-    except Exception as error:  # one visitor's odd file must not end the page for the others
-        if len(photos) > 1:
-            return [attempt(teller, [photo], options)[0] for photo in photos]
-        if isinstance(error, ValueError):
-            return [str(error).replace(f"{Path(photos[0]).parent}{os.sep}", "")]
-        traceback.print_exception(error)  # for the log; visitors get no detail of what nobody foresaw
-        return [f"{Path(photos[0]).name} could not be captioned."]
-
-
 @GPU
 def attempt_many(photos, options):
     """Caption eight photos at a time, on the GPU that ZeroGPU lends to this function, elsewhere on the CPU."""
     teller = st.Storyteller.from_pretrained(MODEL, "cuda") if os.environ.get("SPACES_ZERO_GPU") else TELLER
     for start in range(0, len(photos), 8):
-        yield attempt(teller, photos[start:start + 8], options)
+        yield teller.tell_each(photos[start:start + 8], **options)
 
 
 def caption(photo, method, beam_width, length_preference, temperature, seed=None):
@@ -63,9 +48,8 @@ def caption(photo, method, beam_width, length_preference, temperature, seed=None
     if not photo:
         raise gr.Error("Please choose a photo first.", print_exception=False)
     began = time.perf_counter()
-    told = attempt(TELLER, [photo], {
-        "method": method, "beam_width": int(beam_width), "length_preference": length_preference,
-        "temperature": temperature, "seed": random.getrandbits(31) if seed is None else int(seed)})[0]
+    told, = TELLER.tell_each([photo], method=method, beam_width=int(beam_width), length_preference=length_preference,
+                             temperature=temperature, seed=random.getrandbits(31) if seed is None else int(seed))
     if isinstance(told, str):
         raise gr.Error(told, print_exception=False)
     rows = [[text, round(score, 3)] for text, score in told.alternatives]
@@ -87,10 +71,8 @@ def batch(photos, method, beam_width, progress=gr.Progress()):
             rows.append([Path(photo).name, *found])
         progress((len(rows), len(photos)), unit="photos")
     with tempfile.TemporaryDirectory() as folder:  # gradio serves a copy of its own, which delete_cache removes
-        path = Path(folder) / "captions.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
-        yield rows, str(path)
+        st.write_csv(Path(folder) / "captions.csv", COLUMNS, rows)
+        yield rows, str(Path(folder) / "captions.csv")
 
 
 def controls():

@@ -110,12 +110,12 @@ def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("/home/user/secret")
     monkeypatch.setattr(app.TELLER, "tell", fail)
-    assert app.attempt(app.TELLER, [str(CAT)], {}) == ["cat.jpg could not be captioned."]
+    assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg could not be captioned."]
     assert "/home/user/secret" in capsys.readouterr().err
     def refuse(photos):
         raise ValueError(f"{photos[0]} is odd")
     monkeypatch.setattr(app.TELLER, "tell", refuse)
-    assert app.attempt(app.TELLER, [str(CAT)], {}) == ["cat.jpg is odd"]
+    assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg is odd"]
 
 
 def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, address, tmp_path):
