@@ -1,7 +1,10 @@
 """Training, its checkpoints, its processes; on a few drawn scenes with made-up features, in seconds."""
+import io
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -285,6 +288,37 @@ def test_features_of_other_photos_are_refused():
             st.CaptionData.load(extracted, st.OUTPUTS / "02_vocab")
     finally:
         (extracted / "images.csv").write_text(kept)
+
+
+class Trace:
+    """Unpickled, it leaves a folder behind."""
+    def __reduce__(self):
+        return os.mkdir, ("a-pickle-was-run",)
+
+
+def absurd(shape, dtype="<f2"):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue() + bytes(100)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name, data", [
+    *((name, pickle.dumps(Trace())) for name in ("images.csv", "skipped.csv", "captions.csv", "vocab.json", "features.npy")),
+    ("features.npy", absurd((2,), "|O") + pickle.dumps([Trace(), Trace()])), ("features.npy", absurd((10**9, 49, 2048))),
+    ("features.npy", absurd((60, -1, 24))), ("features.npy", absurd((0, 1, 24))), ("features.npy", absurd((5, 1, 2), "<f8")),
+    ("features.npy", b""), ("features.npy", np.lib.format.magic(1, 0) + b"\xff\xff{'descr'"),
+    ("features.npy", absurd((60, 1, 24))[:-100] + np.full((60, 1, 24), np.nan, np.float16).tobytes()),
+    ("images.csv", b"row,name\n0,x.jpg\n"), ("captions.csv", b"image,caption\nscene_0001.jpg,A dog .\n"), ("vocab.json", b"[" * 100_000),
+    ("vocab.json", b'{"words": [1, 2, 3, 4]}'), ("vocab.json", b'{"words": ["a", "a"]}')])
+def test_hostile_results_of_earlier_stages_are_one_artifact_error_and_run_nothing(tmp_path, monkeypatch, name, data):
+    job = begin().job()
+    job["reads"] = {stage: shutil.copytree(folder, tmp_path / stage) for stage, folder in job["reads"].items()}
+    harmed, = (path / name for path in job["reads"].values() if (path / name).exists())
+    harmed.write_bytes(data)
+    with pytest.raises(st.ArtifactError):
+        st.Trainer(job)
+    assert not Path("a-pickle-was-run").exists()
 
 
 def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
