@@ -408,8 +408,8 @@ class ExtractSettings:
     precision: str = "auto"
 
     def __post_init__(self):
-        _check(self, preprocessing=["squash", "crop"], photo_size=(64, 1024), regions=[1, 49], batch_size=(1, 4096), flips=["yes", "no"],
-               max_photos=(0, BIG), precision=PRECISIONS)
+        _check(self, preprocessing=["squash", "crop"], photo_size=(64, 1024), regions=[1, 49], batch_size=(1, 4096),
+               flips=["yes", "no"], max_photos=(0, BIG), precision=PRECISIONS)
         if self.backbone:
             find_backbone(self.backbone)
 
@@ -603,9 +603,9 @@ def _open_dataset(folder: Path) -> Dataset:
         raise ArtifactError(f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()}).")
     paths, captions, visited = [], [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        # A link may lead back to a folder above it.
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and os.path.realpath(Path(root, f)) not in visited)
-        visited.update(os.path.realpath(Path(root, f)) for f in folders)
+        real = {f: os.path.realpath(Path(root, f)) for f in folders}  # a link may lead back to a folder above it
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and real[f] not in visited)
+        visited.update(real.values())
         paths += [Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."]
         captions += [Path(root, f) for f in files if f in CAPTION_FILES]
     if not paths:
@@ -1145,7 +1145,8 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not tensors or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
             raise ValueError("it holds something else than named tensors")
     except Exception as error:  # safetensors, zipfile and unpickler each have their own
-        raise ArtifactError(f"{path} holds no weights that can be read safely: {(str(error) or repr(error)).splitlines()[0][:200]}") from None
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        raise ArtifactError(f"{path} holds no weights that can be read safely: {reason}") from None
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
 
 def save_weights(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -1427,8 +1428,8 @@ def _read_shard(path: Path, name: str) -> np.ndarray:
             return shard[name]
     except Exception as error:  # of zipfile, zlib or numpy
         path.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb again: it makes only "
-                            "what is missing.") from None
+        raise ArtifactError(f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb "
+                            "again: it makes only what is missing.") from None
 
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
@@ -2014,7 +2015,8 @@ class Trainer:
         if self.teller is not self.captioner:
             # Young averages forget faster, or the random beginning would stay in them for an epoch.
             kept = SELF_CRITICAL_AVERAGING if self.at["phase"] else min(self.recipe["averaging"], (1 + step) / (10 + step))
-            torch._foreach_lerp_([p.data for p in self.teller.parameters()], [p.data for p in self.captioner.parameters()], 1 - kept)
+            mean, now = ([p.data for p in model.parameters()] for model in (self.teller, self.captioner))
+            torch._foreach_lerp_(mean, now, 1 - kept)
 
     def _samples(self, photos: np.ndarray, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         """Draw captions of training photos, and score each by CIDEr-D against the others of its photo.
@@ -2022,7 +2024,8 @@ class Trainer:
         Returns features (B, R, D), ids (B, T) and advantages (B,), which sum to 0 for each photo. An <end> counts as a word,
         or captions would learn to stop at "in front of a". Rennie et al., 2017; the mean of the other samples as baseline.
         """
-        fixed = torch.tensor([any({"left", "right"} & set(words) for words in self.data.references["train"][i]) for i in photos])
+        references = [self.data.references["train"][i] for i in photos]
+        fixed = torch.tensor([any({"left", "right"} & set(words) for words in group) for group in references])
         features = self._see(self.data.rows["train"][photos], fixed).repeat_interleave(SAMPLES, 0)
         self.captioner.eval()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
