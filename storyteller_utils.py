@@ -601,7 +601,7 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
 def _open_dataset(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise ArtifactError(f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()}).")
-    paths, captions, visited = [], [], set()
+    paths, captions, visited = [], [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = {f: os.path.realpath(Path(root, f)) for f in folders}  # a link may lead back to a folder above it
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and real[f] not in visited)

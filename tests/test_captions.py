@@ -190,6 +190,7 @@ def test_links_to_photos_and_to_folders_of_photos_are_followed_and_a_circle_ends
     (tmp_path / "data").mkdir()
     (tmp_path / "data/Images").symlink_to(tmp_path / "disk/Images")
     (tmp_path / "disk/Images/deep/again").symlink_to(tmp_path / "disk/Images")
+    (tmp_path / "data/top").symlink_to(tmp_path / "data")
     (tmp_path / "disk/Images/sky.jpg").symlink_to(tmp_path / "disk/Images/dog.jpg")
     (tmp_path / "disk/Images/gone.jpg").symlink_to(tmp_path / "nothing.jpg")
     (tmp_path / "data/captions.txt").write_text("image,caption\ndog.jpg,A dog .\ndeep/cat.jpg,A cat .\nsky.jpg,The sky .\n")
