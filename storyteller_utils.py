@@ -1836,7 +1836,7 @@ RECIPES = {
                  "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
                  "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03, "averaging": 0.0, "patience": 15, "self_critical": 0,
                  "flips": False},
-    # These need 01 with regions=49.
+    # These need 01 with regions=49; photo_size=320 and flips="yes" make the most of them.
     "attention": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512, "attention": 256}, "epochs": 9,
                   "batch_size": 64, "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
                   "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.03, "averaging": 0.998, "patience": 3, "self_critical": 0,
@@ -2330,7 +2330,8 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
     length_preference  a caption scores log-probability / length**length_preference: more prefers longer captions
     max_length         words; a photo of which no caption ended by then gets its best unfinished ones
     min_length         words before which no caption may end
-    no_repeat          no caption says the same so many words twice in the same order (0: it may)
+    no_repeat          no caption says the same so many words twice in the same order, nor a word again with at most one
+                       between: of people's captions in Flickr8k, one in a hundred does (0: it may)
 
     At each step the best K of all continuations go on; one that ends there goes into the photo's pool of K. A photo is
     done when no partial caption scores above the worst of a full pool. Width 1 is greedy search. <pad>, <start> and
@@ -2348,7 +2349,7 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
     for length in range(1, max_length + 1):
         before, (logits, state) = state, captioner.step(words.flatten(), state)
         beams, ids, logits = scores.shape[1], ids.clone(), logits.float().view(len(alive), scores.shape[1], -1)
-        if 0 < no_repeat < length:
+        if no_repeat and length > 1:
             _forbid_repeats(logits, ids[..., :length - 1], no_repeat)
         ended, scores, parent, words = _extend(scores, logits, beam_width)
         if length <= min_length:
@@ -2391,7 +2392,12 @@ def _extend(scores: Tensor, logits: Tensor, beam_width: int) -> tuple[Tensor, Te
     return ending.where(ending >= worst_kept, -torch.inf), going, place // best.shape[-1], word.flatten(1).gather(1, place)
 
 def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
-    """Take all chance from words by which captions (P, K, T) would say the same n words again; changes logits (P, K, V)."""
+    """Take all chance from words by which captions (P, K, T) would say the same n words again, or one of their last two
+    ("a hat and hat"); changes logits (P, K, V).
+    """
+    logits.scatter_(-1, ids[..., -2:], -torch.inf)
+    if ids.shape[-1] < n:
+        return
     said = ids.unfold(-1, n, 1)
     again = (said[..., :-1] == ids[..., None, ids.shape[-1] - n + 1:]).all(-1)
     logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)

@@ -93,6 +93,7 @@ def test_no_caption_says_the_same_words_twice_when_that_is_not_allowed(n):
     assert any(repeats(h.ids, n) for found in free for h in found)
     for found in st.beam_search(chain, photos(8), beam_width=3, max_length=12, no_repeat=n):
         assert found and not any(repeats(h.ids, n) for h in found)
+        assert not any(h.ids[i] in h.ids[max(0, i - 2):i] for h in found for i in range(len(h.ids)))
 
 
 def test_no_caption_ends_before_its_shortest_allowed_length():
