@@ -1363,7 +1363,8 @@ def extract_worker(job: dict) -> None:
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
     dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
     names, size = dataset.some(settings.max_photos), settings.batch_size
-    versions = [(stat.st_size, stat.st_mtime_ns) for stat in (os.lstat(dataset.photos[name]) for name in names)]
+    stats = (path.stat() if path.exists() else path.lstat() for path in map(dataset.photos.get, names))
+    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
     views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torch import nn
 
 import storyteller_utils as st
 
@@ -581,6 +582,37 @@ def test_what_a_run_with_other_settings_left_is_not_taken(here, drawn, undisturb
         stop_at_batch(dying, 3)
         extracted(drawn, **other)
     assert extracted(drawn)[2] == undisturbed[2]
+
+def test_a_photo_that_changed_since_a_stopped_run_is_looked_at_again(here, drawn, monkeypatch):
+    shutil.copytree(drawn, "data")
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        stop_at_batch(dying, 3)
+        extracted("data")
+    first, last = sorted(Path("data/Images").iterdir())[::23]
+    shutil.copy(last, first)
+    features = extracted("data")[0]
+    assert np.array_equal(features[0], features[-1])
+
+@pytest.mark.parametrize("side", [96, 320])
+def test_photo_size_is_what_the_backbone_and_later_the_captioner_see(here, drawn, side):
+    features = extracted(drawn, photo_size=side, max_photos=3, regions=49)[0]
+    names = sorted((drawn / "Images").iterdir())[::11][:2]
+    photos = torch.stack([nn.functional.interpolate(st.open_photo(path)[None], [side, side], mode="bilinear", antialias=True)[0]
+                          for path in names])
+    backbone = st.load_backbone("efficientnet_lite0").prepare(CPU, torch.float32)
+    seen = backbone.network((photos.float() - backbone.mean) / backbone.deviation)
+    grid = nn.functional.adaptive_avg_pool2d(seen, 7).flatten(2).transpose(1, 2).numpy()
+    assert features[0] == pytest.approx(grid[0], abs=0.01)
+    captioner = st.Captioner("attention", 1280, 4, (torch.zeros(1280), torch.ones(1280)))
+    config = {"preprocessing": "squash", "photo_size": side, "regions": 49, "precision": "float32",
+              "backbone": backbone.name, "backbone_sha256": backbone.sha256}
+    teller = st.Storyteller(config, st.Vocab(st.SPECIAL), captioner)
+    assert teller.extract(names).numpy() == pytest.approx(grid, abs=0.01)
+
+def test_a_photo_size_that_a_backbone_does_not_take_is_named(here, drawn, tmp_path):
+    weights, *_ = foreign("clip/small", tmp_path)
+    with pytest.raises(ValueError, match="photo_size is 320, which clip/small does not take"):
+        extracted(drawn, backbone="clip/small", backbone_weights=str(weights), photo_size=320)
 
 def test_a_killed_process_loses_nothing_but_its_last_batch(here, drawn, undisturbed):
     run = begun(drawn, batch_size=1)
