@@ -1847,7 +1847,7 @@ RECIPES = {
                     "label_smoothing": 0.1, "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05, "averaging": 0.998,
                     "patience": 3, "self_critical": 0, "flips": True},
 }
-RECIPES["best"] = RECIPES["attention"]
+RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
 SAMPLES = 5  # captions that self-critical training draws of a photo
 SELF_CRITICAL_RATE, SELF_CRITICAL_AVERAGING = 4e-5, 0.98
 CHECKPOINT_SECONDS = 300
