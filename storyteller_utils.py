@@ -221,7 +221,8 @@ def find_artifact(stage: str) -> Artifact:
     manifest = {}
     with contextlib.suppress(ArtifactError):
         manifest = read_json(found[0] / "manifest.json")
-    if manifest.get("stage") != stage or manifest.pop("seal", "") != sha256(manifest):
+    known = manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}
+    if not known or manifest.pop("seal", "") != sha256(manifest) or manifest["stage"] != stage:
         raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}, or has changed since it was written. "
                             f"Run {stage}.ipynb again.")
     for name, entry in manifest["files"].items():
@@ -612,9 +613,11 @@ def _open_dataset(folder: Path) -> Dataset:
         raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
     if not captions:
         raise ArtifactError(f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}.")
-    for path in paths:
-        if not str(path).isprintable():
-            raise ArtifactError(f"The name of the photo {str(path)!r} has characters that are no text. Rename it.")
+    try:
+        "".join(map(str, paths)).encode()
+    except UnicodeEncodeError as error:
+        raise ArtifactError(f"A photo in {folder} has a name that is no text: ...{error.object[error.start - 20:error.end + 4]!r}. "
+                            "Rename it.") from None
     captions.sort(key=lambda p: (len(p.parts), CAPTION_FILES.index(p.name), str(p)))
     base = Path(os.path.commonpath([p.parent for p in paths]))
     photos = {p.relative_to(base).as_posix(): p for p in paths}

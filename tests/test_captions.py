@@ -198,7 +198,8 @@ def test_links_to_photos_and_to_folders_of_photos_are_followed_and_a_circle_ends
     assert list(found.photos) == ["deep/cat.jpg", "dog.jpg", "gone.jpg", "sky.jpg"]
     assert st.read_captions(found).without_caption == ["gone.jpg"]
 
-def test_a_name_that_is_no_text_is_refused(tmp_path):
+def test_a_name_that_is_no_text_is_refused_and_emoji_are_text(tmp_path):
+    assert told(tmp_path / "emoji", "image,caption\n👩‍👩‍👧.jpg,Three .\n", photos=["👩‍👩‍👧.jpg"]) == [("👩‍👩‍👧.jpg", "Three .")]
     folder = dataset(tmp_path, "image,caption\ndog.jpg,A dog .\n").folder
     try:
         Path(os.fsdecode(os.fsencode(folder / "Images") + b"/caf\xe9.jpg")).write_bytes(ONE_PIXEL)
