@@ -1843,12 +1843,12 @@ RECIPES = {
     # These need 01 with regions=49; photo_size=320 and flips="yes" make the most of them.
     "attention": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512, "attention": 256}, "epochs": 9,
                   "batch_size": 64, "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
-                  "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.03, "averaging": 0.998, "patience": 3, "self_critical": 0,
+                  "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.03, "averaging": 0.998, "patience": 5, "self_critical": 0,
                   "flips": True},
     "transformer": {"decoder": "transformer", "sizes": {"hidden": 384, "layers": 3, "heads": 6}, "epochs": 10,
                     "batch_size": 64, "learning_rate": 0.0005, "max_caption_length": 50, "dropout": 0.3,
                     "label_smoothing": 0.1, "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05, "averaging": 0.998,
-                    "patience": 3, "self_critical": 0, "flips": True},
+                    "patience": 5, "self_critical": 0, "flips": True},
 }
 RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
 SAMPLES = 5  # captions that self-critical training draws of a photo
