@@ -45,7 +45,7 @@ run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folde
 	@echo && echo "The Space is in outputs/05_deploy/space. Look at it: make demo MODEL=outputs/05_deploy/space/model"
 
 test: $(VENV)/test  ## all tests
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -rs
 
 demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
 	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.default_model())'))" \

@@ -309,7 +309,7 @@ def start(stage: str, **settings) -> Run:
     """Begin a stage: check its settings (fields of its class in section 2), find its dataset, mark it unfinished."""
     if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
         os.chdir("..")
-    checked = SETTINGS[stage](**settings)
+    checked = SETTINGS[stage](**{k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in settings.items()})
     # papermill only warns of a parameter that a notebook does not have; what it injected is in the kernel's history.
     for cell in getattr(sys.modules["__main__"], "In", []):
         unknown = set(re.findall(r"^(\w+) = ", cell, re.M)) - settings.keys() if cell.startswith("# Parameters\n") else ()
@@ -1271,7 +1271,7 @@ def _build_torchvision(name: str, weights: str) -> Backbone:
     return Backbone(wanted, network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
 
 def _build_timm(name: str, weights: str) -> Backbone:
-    timm = _optional("timm", f"timm/{name}")
+    timm = _optional("timm", name)
     try:
         network = timm.create_model(name, num_classes=0, global_pool="")
     except RuntimeError as error:
@@ -1284,7 +1284,7 @@ def _build_timm(name: str, weights: str) -> Backbone:
     return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
 
 def _build_clip(name: str, weights: str) -> Backbone:
-    transformers, metadata = _optional("transformers", f"clip/{name}"), {}
+    transformers, metadata = _optional("clip", name), {}
     if weights.endswith(".safetensors"):  # as `Backbone.save` wrote it
         tensors, metadata = load_weights(weights)
         config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
@@ -1297,12 +1297,12 @@ def _build_clip(name: str, weights: str) -> Backbone:
     network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
     return Backbone(f"clip/{name}", network, tensors, config.hidden_size, CLIP_MEAN, CLIP_STD, {"config": metadata["config"]})
 
-def _optional(package: str, backbone: str):
+def _optional(family: str, name: str):
     import importlib
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(BACKBONE_PACKAGES[family])
     except ImportError as error:
-        raise ArtifactError(f"{backbone} needs a package ({error}): pip install {package}") from None
+        raise ArtifactError(f"{family}/{name} needs a package ({error}): pip install {BACKBONE_PACKAGES[family]}") from None
 
 @torch.inference_mode()
 def _width(network: nn.Module) -> int:
@@ -1310,6 +1310,7 @@ def _width(network: nn.Module) -> int:
 
 BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
 FAMILIES = {"torchvision": _build_torchvision, "timm": _build_timm, "clip": _build_clip}  # "timm/convnext_tiny" and so on
+BACKBONE_PACKAGES = {"timm": "timm", "clip": "transformers"}  # what a family needs that the others do not
 BACKBONES_FROM_PIP = {"efficientnet_lite0"}  # whose weights a package brings: no captioner needs to carry them
 
 def find_backbone(name: str):
@@ -1360,7 +1361,7 @@ def extract_worker(job: dict) -> None:
     """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches.
 
     Each batch becomes a file below the hidden folder .partial, named after all that its content depends on: a run that
-    was killed goes on with the batches that have none.
+    was killed goes on with the batches that have none. On Kaggle, where outputs may take 20 GB, .partial lies beside them.
     """
     from tqdm import tqdm
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
@@ -1373,7 +1374,9 @@ def extract_worker(job: dict) -> None:
     views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored
     side, how = settings.photo_size, settings.preprocessing
     key = sha256([names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views])
-    shards = [out / ".partial" / key / f"{i // size}.npz" for i in range(0, len(names), size)]
+    inputs = kaggle_input()
+    partial_dir = (inputs.with_name("temp") if inputs else out) / ".partial"
+    shards = [partial_dir / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
         done = f"; {len(shards) - len(left)} of {len(shards)} batches were done before" if world == 1 else ""
@@ -1400,7 +1403,7 @@ def extract_worker(job: dict) -> None:
             backbone.save(out / "backbone.safetensors")
         _join_shards(shards, names, out, views)
         write_json(out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256})
-        shutil.rmtree(out / ".partial")
+        shutil.rmtree(partial_dir)
 
 def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]) -> None:
     """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
@@ -1408,7 +1411,7 @@ def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views:
     bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
     write_csv(out / "skipped.csv", ["image", "reason"], bad)
     if len(bad) > len(names) / 100:
-        shutil.rmtree(out / ".partial")  # once they are mended, the next run reads them again
+        shutil.rmtree(shards[0].parent)  # once they are mended, the next run reads them again
         raise ArtifactError(f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
                             f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}.")
     good = np.array([not problem for _, _, problem in notes])
@@ -2667,12 +2670,12 @@ def model_card(config: dict) -> str:
              if "flickr" in dataset["name"].lower() else "")
     scores = config.get("scores", {})
     table = [f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |" for name, s in scores.items()]
-    lines = ["---", "pipeline_tag: image-to-text", "library_name: pytorch", "tags: [image-captioning]", "---", "",
+    lines = ["---", "pipeline_tag: image-to-text", "library_name: pytorch", "tags: [image-captioning]",
+             *(["license: other"] if terms else []), "---", "",
              "# Neural Storyteller", "", f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
              f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.", "",
-             f"Trained on {training['photos']:,} photos of {dataset['name']}; the best of {training['epochs']} epochs was "
-             f"{training['best_epoch']}, with CIDEr-D {training['val_cider']:.3f} on the validation photos (beam search, "
-             f"also chose the checkpoint).{drawn}{terms}", "",
+             f"Trained on {training['photos']:,} photos of {dataset['name']}; epoch {training['best_epoch']} was chosen on the "
+             f"validation photos (CIDEr-D {training['val_cider']:.3f}, beam search).{drawn}{terms}", "",
              *([f"Scores on {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
                if table else []),
              "```python", "import storyteller_utils as st",
@@ -3084,7 +3087,8 @@ def _space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Pa
 
 def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
                 scores: dict | None = None, scored_on: str = "the test photos") -> Path:
-    """Compose a Space, ready to push, and `space.zip` beside it; the whole folder or nothing.
+    """Compose a Space, ready to push, and `space.zip` beside it; the whole folder or nothing. What its backbone needs joins
+    its requirements.
 
     space_dir  the repository's space/: app.py, style.css, README.md, requirements.txt, examples/
     model_dir  the captioner it shows, as `save_pretrained` writes it
@@ -3102,8 +3106,11 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
         for name, path in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
+        config = read_json(model_dir / "config.json")
+        if package := BACKBONE_PACKAGES.get(config["backbone"].partition("/")[0]):
+            write_text(temporary / "requirements.txt", files["requirements.txt"].read_text("utf-8") + package + "\n")
         if scores is not None:
-            config = read_json(model_dir / "config.json") | {"scores": scores, "scored_on": scored_on}
+            config |= {"scores": scores, "scored_on": scored_on}
             write_text(temporary / "model/config.json", json.dumps(config, ensure_ascii=False) + "\n")
             write_text(temporary / "model/README.md", model_card(config))
     zip_space(out)
@@ -3166,10 +3173,10 @@ def _caption_examples(folder: Path, app: subprocess.Popen, address: str, deadlin
         try:
             client = Client(address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False)
             break
-        except Exception:  # many kinds, all meaning "not yet" while the app lives
+        except Exception as error:  # many kinds, most of them meaning "not yet" while the app lives
             if app.poll() is not None or time.monotonic() > deadline:
-                why = "took too long to start" if app.returncode is None else f"ended with status {app.returncode}"
-                raise ArtifactError(f"it {why}") from None
+                raise ArtifactError(f"it ended with status {app.returncode}" if app.returncode is not None else
+                                    f"it took too long to start ({type(error).__name__}: {error})") from None
             time.sleep(0.2)
     examples = sorted(p for p in folder.glob("examples/*") if p.suffix in (".jpg", ".png"))[:2]
     captions = [client.predict(handle_file(str(example)), api_name="/caption")[0] for example in examples]

@@ -1,6 +1,6 @@
 """Send the five notebooks to Kaggle as self-contained copies, or only write those copies (--dry-run DIR).
 
-    python kaggle/push.py --owner NAME [--stage 03_train_dual_t4 ...] [--param epochs=3 ...] [--wait]
+    .venv/bin/python kaggle/push.py --owner NAME [--stage 03_train_dual_t4 ...] [--param epochs=3 ...] [--wait]
 
 Kaggle takes one file a notebook: a copy brings the module in a hidden cell, and installs what Kaggle's image lacks.
 """

@@ -15,7 +15,7 @@ except ImportError:
 import gradio as gr
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # the module: beside this file in a Space, one level up in the repository
+sys.path += [str(HERE), str(HERE.parent)]  # the module: beside this file in a Space, one level up in the repository
 import storyteller_utils as st
 
 MODEL = Path(os.environ.get("MODEL") or HERE / "model")

@@ -225,6 +225,11 @@ def test_off_kaggle_the_sample_is_drawn_once_and_named(here, monkeypatch):
     assert first.is_sample and "drawn" in first.describe() and "dataset_dir" in first.describe()
     assert {path: path.stat().st_mtime_ns for path in again.photos.values()} == before and len(before) == 10
 
+def test_a_folder_in_the_home_directory_may_be_named_with_a_tilde(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    dataset(here / "photos", "image,caption\ndog.jpg,A dog .\n")
+    assert st.start("01_extract_features", dataset_dir="~/photos").dataset.folder == here / "photos"
+
 def test_on_kaggle_a_missing_dataset_says_how_to_add_it_and_draws_nothing(here, monkeypatch):
     (here / "input").mkdir()
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))

@@ -89,12 +89,3 @@ def test_an_unknown_parameter_is_refused(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="has no parameter min_cuont"):
         papermill.execute_notebook(NOTEBOOKS["02_vocab"], tmp_path / "out.ipynb", {"min_cuont": 3}, progress_bar=False,
                                    cwd=str(tmp_path))
-
-
-def test_the_space_has_the_front_matter_that_the_hub_wants():
-    import yaml
-    head = yaml.safe_load((ROOT / "space/README.md").read_text(encoding="utf-8").split("---")[1])
-    colours = "red yellow green blue indigo purple pink gray".split()
-    assert head["sdk"] == "gradio" and head["app_file"] == "app.py" and head["colorFrom"] in colours
-    assert head["colorTo"] in colours and isinstance(head["sdk_version"], str) and isinstance(head["python_version"], str)
-    assert len(head["short_description"]) <= 60

@@ -583,6 +583,15 @@ def test_what_a_run_with_other_settings_left_is_not_taken(here, drawn, undisturb
         extracted(drawn, **other)
     assert extracted(drawn)[2] == undisturbed[2]
 
+def test_on_kaggle_what_is_unfinished_takes_no_room_of_the_outputs(here, drawn, undisturbed, monkeypatch):
+    (here / "kaggle/input").mkdir(parents=True)
+    monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "kaggle/input"))
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        stop_at_batch(dying, 3)
+        extracted(drawn)
+    assert len(list((here / "kaggle/temp").rglob("*.npz"))) == 3 and not list((here / "outputs").rglob("*.np?"))
+    assert extracted(drawn)[2] == undisturbed[2] and not list((here / "kaggle/temp").rglob("*.npz"))
+
 def test_a_photo_that_changed_since_a_stopped_run_is_looked_at_again(here, drawn, monkeypatch):
     shutil.copytree(drawn, "data")
     with monkeypatch.context() as dying, pytest.raises(Killed):

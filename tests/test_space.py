@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -258,6 +259,17 @@ def test_the_test_scores_go_into_the_copy_that_ships(tiny_model, tmp_path):
     assert "| CIDEr-D | 0.571 |" in (built / "model/README.md").read_text(encoding="utf-8")
     assert st.read_json(built / "model/config.json")["scores"] == scores
     assert (tiny_model / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("backbone, package", [("timm/resnet18", "timm"), ("clip/some/vit", "transformers"),
+                                               ("torchvision/resnet18", "")])
+def test_a_space_asks_for_the_package_of_its_backbone(tiny_model, tmp_path, backbone, package):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    st.write_json(model / "config.json", {**st.read_json(model / "config.json"), "backbone": backbone})
+    (model / "backbone.safetensors").write_bytes(b"some weights")
+    built = st.build_space(ROOT / "space", model, tmp_path / "space")
+    own, asked = ((folder / "requirements.txt").read_text().split("\n") for folder in (ROOT / "space", built))
+    assert asked == (own if not package else [*own[:-1], package, ""])
 
 
 def test_the_front_matter_is_what_the_hub_reads():
