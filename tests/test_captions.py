@@ -56,6 +56,14 @@ def test_every_encoding_and_line_ending_gives_the_same_captions(tmp_path, encodi
     rows = told(tmp_path, newline.join(lines).encode(encoding))
     assert rows == [("dog.jpg", "A dog in a café, wet ."), ("cat.jpg", "A cat’s naïve look .")]
 
+@pytest.mark.parametrize("header", ["image_name,comment_number,comment\n", "image_name, comment_number, comment\n", ""])
+def test_the_comma_form_with_a_number_column_is_read(tmp_path, header):
+    text = (header + 'dog.jpg,0,Two dogs play .\ndog.jpg,1,"Two young, wet dogs ."\ncat.jpg, 0, "A cat, 2 roofs ."\n'
+            "sky.jpg,0,7 clouds, far away .\nsky.jpg,1,\n")
+    captions = st.read_captions(dataset(tmp_path, text))
+    assert captions.rows == [("dog.jpg", "Two dogs play ."), ("dog.jpg", "Two young, wet dogs ."), ("cat.jpg", "A cat, 2 roofs ."),
+                             ("sky.jpg", "7 clouds, far away .")] and len(captions.unread) == 1
+
 def test_an_unclosed_quote_does_not_swallow_the_following_lines(tmp_path):
     text = 'image,caption\ndog.jpg,"A dog, wet\ncat.jpg,A cat .\nsky.jpg,"A sky ."\n'
     rows = told(tmp_path, text)
@@ -117,6 +125,11 @@ def test_photos_of_the_same_file_name_are_never_mixed_up(tmp_path):
         tmp_path, "image,caption\na/dog.jpg,First .\nb/dog.jpg,Second .\ndog.jpg,Whose ?\n", photos=["a/dog.jpg", "b/dog.jpg"]))
     assert captions.rows == [("a/dog.jpg", "First ."), ("b/dog.jpg", "Second .")]
     assert captions.without_photo == {"dog.jpg": 1}
+
+def test_photos_that_are_there_twice_are_said_to_be(tmp_path):
+    data = dataset(tmp_path, "image,caption\ndog.jpg,Whose ?\n", photos=["a/dog.jpg", "b/dog.jpg"])
+    with pytest.raises(st.ArtifactError, match="'dog.jpg', and 2 photos have that name"):
+        st.read_captions(data)
 
 def test_a_name_that_climbs_out_of_the_folder_is_no_photo(tmp_path):
     (tmp_path / "dog.jpg").write_bytes(ONE_PIXEL)
@@ -312,6 +325,17 @@ def test_given_lists_are_followed_and_unlisted_photos_left_out(tmp_path, style):
     splits = lists(tmp_path, style, train="1.jpg\r\n2.jpg\r\n", val="3.jpg\n\n", test="4.jpg\n9.jpg")
     split = st.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"], 0, splits)
     assert split == {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val", "4.jpg": "test"}
+
+def test_lists_without_suffixes_and_with_other_slashes_are_followed(tmp_path):
+    splits = lists(tmp_path, train="1\nphotos\\2.jpg\n", val="3\n")
+    assert st.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, splits) == {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val"}
+
+def test_lists_that_leave_open_which_photo_they_mean_are_refused(tmp_path):
+    splits = lists(tmp_path, train="a/1.jpg\n2.jpg\n", val="3.jpg\n", test="b/1.jpg\n")
+    assert st.split_photos(["a/1.jpg", "b/1.jpg", "c/2.jpg", "d/2.jpg", "3.jpg"], 0, splits) == {
+        "a/1.jpg": "train", "b/1.jpg": "test", "c/2.jpg": "train", "d/2.jpg": "train", "3.jpg": "val"}
+    with pytest.raises(st.ArtifactError, match="1.jpg in test and train, none of them as x/a/1.jpg"):
+        st.split_photos(["x/a/1.jpg", "2.jpg", "3.jpg"], 0, splits)
 
 def test_a_missing_test_list_is_allowed(tmp_path):
     splits = lists(tmp_path, train="1.jpg\n", val="2.jpg\n")

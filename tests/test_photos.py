@@ -480,7 +480,8 @@ def stop_at_batch(monkeypatch, number: int) -> list:
     batches, real = [], st.Backbone.forward
 
     def forward(self, photos, regions):
-        batches.append(len(photos))
+        if photos.any():  # not that of the trial before the first
+            batches.append(len(photos))
         if len(batches) > number:
             raise Killed
         return real(self, photos, regions)
@@ -552,6 +553,16 @@ def test_a_backbone_whose_package_is_missing_says_what_to_install(monkeypatch):
             st.load_backbone(name)
 
 
+def test_weights_that_a_foreign_backbone_cannot_have_are_named(tmp_path):
+    with pytest.raises(ValueError, match="IMAGENET1K_V9.*IMAGENET1K_V1"):
+        st.load_backbone("torchvision/resnet18", "IMAGENET1K_V9")
+    pytest.importorskip("transformers", reason="transformers is optional")
+    from safetensors.torch import save_file
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(st.ArtifactError, match="model.safetensors does not say how it is built"):
+        st.load_backbone("clip/some/vit", str(tmp_path / "model.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["torchvision/nothing", "timm/nothing", "elsewhere/resnet18", "resnet18", "torchvision/vit_b_16"])
 def test_an_unknown_backbone_is_a_value_error_that_names_it(name):
     if name.startswith("timm"):
@@ -582,6 +593,17 @@ def test_what_a_run_with_other_settings_left_is_not_taken(here, drawn, undisturb
         stop_at_batch(dying, 3)
         extracted(drawn, **other)
     assert extracted(drawn)[2] == undisturbed[2]
+
+def test_a_stage_that_was_stopped_cannot_be_finished_by_hand_nor_read(here, drawn, monkeypatch):
+    monkeypatch.setattr(st, "launch", lambda command, run: st.extract_worker(run.job()))
+    st.extract(begun(drawn))
+    run = begun(drawn, preprocessing="crop")
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        stop_at_batch(dying, 3)
+        st.extract(run)
+    run.finish()
+    with pytest.raises(st.ArtifactError, match="01_extract_features stopped before it was finished"):
+        st.find_artifact("01_extract_features")
 
 def test_on_kaggle_what_is_unfinished_takes_no_room_of_the_outputs(here, drawn, undisturbed, monkeypatch):
     (here / "kaggle/input").mkdir(parents=True)
