@@ -454,6 +454,8 @@ class TrainSettings:
                max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
                select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS,
                max_hours=(0, BIG), machines=(1, 1024), seed=SEEDS)
+        if self.select_by == "loss" and self.resolved()["self_critical"]:
+            raise ValueError("select_by is 'loss', which self-critical epochs raise; set self_critical=-1, or select_by='cider'")
         if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
             raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
 
@@ -642,7 +644,8 @@ def read_captions(dataset: Dataset) -> Captions:
     """Read every caption of a dataset, in the format that its first line shows.
 
     Comma CSV (image,caption or image_name,comment_number,comment), pipe-delimited (image_name| comment_number| comment),
-    token (name#0<TAB>caption) or Karpathy's JSON. Names are matched to photos by path, else by file name where only one photo has it.
+    token (name#0<TAB>caption) or Karpathy's JSON. Names are matched to photos by path, else by file name where only one
+    photo has it.
     Raises ArtifactError when no caption belongs to a photo.
     """
     data = dataset.captions.read_bytes()
@@ -1980,8 +1983,9 @@ class Trainer:
         hours = self.settings.max_hours or (KAGGLE_HOURS if kaggle_input() else math.inf)
         self.deadline = time.monotonic() + 3600 * hours
         self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
-        decided = {name: value for name, value in job["settings"].items() if name not in LOCATIONS}
-        self.key = sha256([self.recipe, decided, str(self.precision), job["editions"]])
+        # Another GPU's precision, or less memory a step, does not make it another run.
+        decided = {name: value for name, value in job["settings"].items() if name not in LOCATIONS | {"accumulate"}}
+        self.key = sha256([self.recipe, decided, job["editions"]])
 
     # One step
 
@@ -2179,13 +2183,14 @@ class Trainer:
             shutil.rmtree(self.out / "model", ignore_errors=True)
             (self.out / "unfinished.json").unlink(missing_ok=True)
             print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
-        while self.wanted() and self.train_epoch():
+        while (more := self.wanted()) and self.train_epoch():
             self.finish_epoch()
         if self.rank == 0:
-            if self.stop:
+            if more:
                 write_json(self.out / "unfinished.json", {
-                    "epoch": self.at["epoch"], "step": self.at["step"], "epochs": self.recipe["epochs"],
-                    "reason": self.stop, "editions": self.editions})
+                    "epoch": self.at["epoch"], "step": self.at["step"],
+                    "epochs": self.recipe["epochs"] + self.recipe["self_critical"], "reason": self.stop,
+                    "editions": self.editions})
             if self.history:
                 self.write()
         wait_for_all()
@@ -2240,35 +2245,48 @@ class Trainer:
                             "model": self.captioner.state_dict(), "teller": self.teller.state_dict(),
                             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
 
-    def checkpoint(self) -> Path | None:
-        """Return the last.pt to go on from: `resume_from`, else this folder's if it is of an unfinished run, else, on Kaggle,
-        that of an unfinished run that is attached.
+    def checkpoints(self) -> list[tuple[Path, bool]]:
+        """List what to go on from, the first that fits, and whether it was asked for and need not be of this very run: this
+        folder's last.pt if a run left it unfinished, then `resume_from`, else, on Kaggle, that of one that is attached.
         """
-        asked, inputs = self.settings.resume_from, kaggle_input()
+        asked, inputs, own = self.settings.resume_from, kaggle_input(), self.out / "last.pt"
+        unfinished = (self.out / "unfinished.json").is_file() or not (self.out / "model").is_dir()
+        found = []
         if asked:
             path = Path(asked)
             found = [path] if path.is_file() else [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
             if len(found) != 1:
                 raise ArtifactError(f"resume_from {asked} holds {len(found)} checkpoints (last.pt); name the one you mean.")
-            return found[0]
-        if (self.out / "last.pt").is_file():
-            unfinished = (self.out / "unfinished.json").is_file() or not (self.out / "model").is_dir()
-            return self.out / "last.pt" if unfinished else None
-        return next((p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")), None) if inputs else None
+        elif inputs and not own.is_file():
+            found = [p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")]
+            if len(found) > 1:
+                raise ArtifactError(f"{len(found)} unfinished runs of {self.out.name} are attached; remove all but one from this "
+                                    "notebook's inputs:\n  " + "\n  ".join(sorted(str(path.parent) for path in found)))
+        return [(own, False)] * (own.is_file() and unfinished) + [(path, bool(asked)) for path in found]
 
     def resume(self) -> None:
-        """Go on from `checkpoint()`; one of another run only if it was asked for."""
-        path, asked = self.checkpoint(), self.settings.resume_from
-        if path is None:
-            return
+        """Go on from the first of `checkpoints()` that fits; every process from the same place."""
+        for path, asked in self.checkpoints():
+            if self.load(path, asked):
+                break
+            if self.rank == 0:
+                print(f"{path} is of a run with other settings or other data, and is not used", file=sys.stderr)
+        places = _gathered(torch.tensor([self.at[name] for name in ("epoch", "step", "phase")], device=self.device))
+        if (places != places[0]).any():
+            raise ArtifactError(f"The machines have different checkpoints (epoch, step, phase: {places.tolist()}). Copy outputs/ "
+                                "of the first to the others again.")
+
+    def load(self, path: Path, asked: bool) -> bool:
+        """Read a checkpoint; one of another run only if it was asked for. Returns whether it was read."""
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["key"] != self.key and not asked:
-                return  # another run's
+                return False
             for model, name in ((self.teller, "teller"), (self.captioner, "model")):
                 model.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state[name].items()})
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty where the gradients were not scaled
+                self.scaler.load_state_dict(state["scaler"])
             self.at, self.history, self.told, self.best = (state[name] for name in ("at", "history", "told", "best"))
         except Exception as error:  # zipfile, unpickler and load_state_dict each have their own
             raise ArtifactError(f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
@@ -2277,6 +2295,7 @@ class Trainer:
             print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
         else:
             self.at |= {"likelihood": 0.0, "reward": 0.0, "captions": 0}  # what all processes had is the first one's now
+        return True
 
 def make_command(settings: dict[str, dict]) -> str:
     """Return the command that repeats stages with these settings ({stage: its settings}); folders and files as words."""
@@ -2294,8 +2313,9 @@ def train_worker(job: dict) -> None:
     import signal
     try:
         trainer = Trainer(job)
-        # The way in which schedulers, torchrun and `launch` ask a process to end.
-        signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", "asked to stop (SIGTERM)"))
+        # The ways in which people, schedulers, torchrun and `launch` ask a process to end.
+        for asking in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(asking, lambda number, _: setattr(trainer, "stop", f"asked to stop ({signal.Signals(number).name})"))
         trainer.run()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -2424,8 +2444,8 @@ def _hypothesis(ids: list[int], score: float) -> Hypothesis:
     return Hypothesis(ids[:ids.index(PAD)] if PAD in ids else ids, score)
 
 @torch.inference_mode()
-def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed: int = 0,
-                    max_length: int = MAX_WORDS) -> list[list[Hypothesis]]:
+def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed: int = 0, max_length: int = MAX_WORDS,
+                    min_length: int = 0) -> list[list[Hypothesis]]:
     """Draw one caption a photo at random, by the captioner's own probabilities at `temperature`.
 
     Returns what `beam_search` does, one hypothesis a photo; the same seed draws the same captions.
@@ -2438,7 +2458,7 @@ def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed:
     for _ in range(max_length):
         logits, state = captioner.step(words, state)
         logits = logits.float()
-        logits[:, [PAD, START, UNK]] = -torch.inf
+        logits[:, [PAD, START, UNK] + [END] * (len(ids) < min_length)] = -torch.inf
         words = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         log_prob = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
         total, length = total + log_prob.where(~ended, 0.0), length + (~ended).long()
@@ -2618,14 +2638,14 @@ class Storyteller:
         """Tell what is in photos of which the features (B, R, D) are known.
 
         method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
-        limits  max_length, min_length and no_repeat of `beam_search`
+        limits  max_length, min_length (usually 1) and, but for samples, no_repeat of `beam_search`
         """
         if method not in ("beam", "greedy", "sample") or beam_width < 1 or temperature <= 0:
             raise ValueError(f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
                              "greedy or sample, the width at least 1, the temperature above 0")
-        features = features.to(self.device)
+        features, limits = features.to(self.device), {"min_length": 1} | limits
         if method == "sample":
-            found = sample_captions(self.captioner, features, temperature, seed)
+            found = sample_captions(self.captioner, features, temperature, seed, **limits)
         else:
             width = 1 if method == "greedy" else beam_width
             found = beam_search(self.captioner, features, width, length_preference, **limits)
@@ -2644,10 +2664,11 @@ class Storyteller:
         if "weights" not in state:
             return [None] * len(captions)
         words = torch.full((len(captions),), START, device=self.device)
-        for place in range(max(map(len, captions))):
+        longest = max(map(len, captions))
+        for place in range(longest):
             _, state = self.captioner.step(words, state)
             looks.append(state["weights"])
-            words = torch.tensor([(caption + [PAD] * MAX_WORDS)[place] for caption in captions], device=self.device)
+            words = torch.tensor([(caption + [PAD] * longest)[place] for caption in captions], device=self.device)
         side = math.isqrt(state["weights"].shape[1])
         return torch.stack(looks, 1).unflatten(-1, (side, side)).cpu().numpy()
 
@@ -2809,13 +2830,15 @@ def _spread(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def find_wordnet(download: bool = True):
     """Return NLTK's WordNet, downloaded where that is needed and allowed, or None (after at most some seconds)."""
+    import zipfile
+
     import nltk
     for fetch in (False, True)[:1 + download]:
         if fetch:
             socket.setdefaulttimeout(10)
             nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())  # returns False when it fails
             socket.setdefaulttimeout(None)
-        with contextlib.suppress(LookupError):
+        with contextlib.suppress(LookupError, zipfile.BadZipFile):
             return nltk.corpus.wordnet.ensure_loaded() or nltk.corpus.wordnet
 
 @cache
@@ -3090,8 +3113,12 @@ def _space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Pa
     carried = read_json(model_dir / "config.json")["backbone"] not in BACKBONES_FROM_PIP
     photos = [f"examples/{p.name}" for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in (".jpg", ".png")]
     own = ["app.py", "style.css", "README.md", "requirements.txt", "examples/README.md", *photos]
-    return {**{name: space_dir / name for name in own}, "storyteller_utils.py": module,
-            **{f"model/{name}": model_dir / name for name in MODEL_FILES[:4 + carried]}}
+    files = {**{name: space_dir / name for name in own}, "storyteller_utils.py": module,
+             **{f"model/{name}": model_dir / name for name in MODEL_FILES[:4 + carried]}}
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again; what is pushed "
+                            "is a folder that build_space made.")
+    return files
 
 def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
                 scores: dict | None = None, scored_on: str = "the test photos") -> Path:
@@ -3105,11 +3132,12 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
     Returns `out_dir`. ArtifactError for what is missing or wrong, and for an `out_dir` that holds something else.
     """
     space_dir, model_dir, out = Path(space_dir), Path(model_dir), Path(out_dir)
-    if out.is_dir() and any(out.iterdir()) and not (out / "storyteller_utils.py").is_file():
-        raise ArtifactError(f"{out} holds something else than a Space and is left as it is. Name another folder.")
     files = _space_files(space_dir, model_dir, Path(module_path))
-    if missing := [str(path) for path in files.values() if not path.is_file()]:
-        raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again.")
+    there, ours = {p.name for p in out.iterdir()} if out.is_dir() else set(), {name.split("/")[0] for name in files}
+    strange = there if "app.py" not in there else there - ours - {"__pycache__", ".gradio"}
+    if strange:
+        raise ArtifactError(f"{out} holds what no Space has ({', '.join(sorted(strange)[:5])}) and is left as it is. Move that "
+                            "away, or name another folder.")
     with replacing(out) as temporary:
         for name, path in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -3127,6 +3155,7 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
 def zip_space(folder: Path) -> Path:
     """Pack a Space into `space.zip` beside it, the same bytes for the same files. Returns its path."""
     import zipfile
+    folder = folder.resolve()
     with replacing(folder.with_name("space.zip")) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             entry = zipfile.ZipInfo(f"space/{path.relative_to(folder).as_posix()}")  # dated 1980, whatever the file is
@@ -3224,7 +3253,7 @@ def push_space(folder: Path | str, repo_id: str, token: str | None = None, priva
     the account may not have such a Space. ArtifactError says what to do about all else that the Hub refuses.
     """
     from huggingface_hub import HfApi
-    folder, token = Path(folder), token or find_token()
+    folder, token = Path(folder).resolve(), token or find_token()
     files = _space_files(folder, folder / "model", folder / "storyteller_utils.py")
     api = HfApi(token=token)
     hardware = _hub(lambda: _create_space(api, repo_id, private), repo_id, token)
@@ -3250,10 +3279,11 @@ def _create_space(api, repo_id: str, private: bool) -> str | None:
     """Make sure that the Space exists and is one of ours. Returns its hardware, None if the account may have none."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     with contextlib.suppress(RepositoryNotFoundError):
-        files = {sibling.rfilename for sibling in api.space_info(repo_id).siblings or []}
+        space = api.space_info(repo_id)
+        files = {sibling.rfilename for sibling in space.siblings or []}
         if "storyteller_utils.py" not in files and files - {".gitattributes", "README.md"}:
             raise ArtifactError(f"The name {repo_id} is taken by another Space. Choose another, or delete that Space.")
-        return "hardware as before"
+        return f"hardware as before, still {'private' if space.private else 'public'}"
     for hardware, then in (("cpu-basic", "Trying ZeroGPU, which is free"), ("zero-a10g", "Packing the folder instead")):
         try:
             api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True,
@@ -3315,7 +3345,8 @@ def _work(worker, job: str) -> None:
     try:
         worker(read_json(job))
     except Exception as error:
-        if path := os.environ.get("STORYTELLER_FAILURE"):
+        path = os.environ.get("STORYTELLER_FAILURE")
+        if path and not Path(path).exists():  # the first failure: others only say that they lost a process
             known = isinstance(error, (ArtifactError, ValueError)) or str(error).startswith("Out of memory")
             write_json(path, {"type": type(error).__name__, "message": str(error) if known else traceback.format_exc()})
         raise SystemExit(1) from None

@@ -8,6 +8,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+def private(repo):
+    return repo.get("private", repo.get("visibility") == "private")  # what huggingface_hub 1 and 2 send
+
+
 class LocalHub:
     """repos[(kind, "owner/name")] is what create was sent, plus "files": {path: bytes}; kind is model or space.
 
@@ -108,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if key not in self.hub.repos:
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        files = self.hub.repos[key]["files"]
+        repo = self.hub.repos[key]
+        files = repo["files"]
         if rest.startswith("preupload/"):
             return self.answer(200, {"files": [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
@@ -121,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         if rest.startswith("tree/"):
             return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
                                      for name, data in files.items()])
-        return self.answer(200, {"id": key[1], "sha": "0" * 40, "private": True, "tags": [], "downloads": 0, "likes": 0,
+        return self.answer(200, {"id": key[1], "sha": "0" * 40, "private": private(repo), "tags": [], "downloads": 0, "likes": 0,
                                  "siblings": [{"rfilename": n, "size": len(d)} for n, d in files.items()]})
 
     def commit(self, where, files, lines):

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from conftest import look_around
 from load import page, storm
-from local_hub import LocalHub
+from local_hub import LocalHub, private
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,19 +223,21 @@ def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path)
 def test_building_again_gives_the_same_bytes_and_no_leftovers(tiny_model, tmp_path):
     first = st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
     packed = (tmp_path / "space.zip").read_bytes()
-    (first / "stale.txt").write_text("from before")
+    (first / "examples/stale.txt").write_text("from before")
     st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
     with zipfile.ZipFile(tmp_path / "space.zip") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert (tmp_path / "space.zip").read_bytes() == packed and "stale.txt" not in listing(first)
+    assert (tmp_path / "space.zip").read_bytes() == packed and "examples/stale.txt" not in listing(first)
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("space", "space.zip")] == []
 
 
-def test_a_folder_that_is_no_space_is_left_alone(tiny_model, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(st.ArtifactError, match="left as it is"):
+@pytest.mark.parametrize("before", [[], ["storyteller_utils.py"], ["app.py", "README.md", "storyteller_utils.py"]])
+def test_a_folder_that_is_no_space_is_left_alone(tiny_model, tmp_path, before):
+    for name in ["thesis.txt", *before]:
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(st.ArtifactError, match="thesis.txt.* left as it is"):
         st.build_space(ROOT / "space", tiny_model, tmp_path)
-    assert listing(tmp_path) == ["thesis.txt"]
+    assert listing(tmp_path) == sorted(["thesis.txt", *before])
 
 
 def test_a_missing_or_unfit_model_is_refused_before_anything_is_written(tiny_model, tmp_path):
@@ -339,10 +341,6 @@ def digests(files):
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
-def private(repo):
-    return repo.get("private", repo.get("visibility") == "private")  # what huggingface_hub 1 and 2 send
-
-
 def on_disk(folder):
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)}
 
@@ -363,12 +361,26 @@ def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
     assert pushed["address"] in said.out and TOKEN not in said.out + said.err
 
 
-def test_a_second_push_updates_and_removes_what_is_gone(hub, space):
+def test_what_is_no_composed_space_is_not_pushed(hub):
+    with pytest.raises(st.ArtifactError, match="space/storyteller_utils.py.*build_space"):
+        st.push_space(ROOT / "space", "me/teller", token=TOKEN)
+    assert not hub.repos
+
+
+def test_a_space_may_be_pushed_from_within(hub, space, monkeypatch):
+    monkeypatch.chdir(space)
+    st.push_space(".", "me/teller", token=TOKEN)
+    assert digests(hub.repos["space", "me/teller"]["files"]) == on_disk(space)
+
+
+def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
     st.push_space(space, "me/teller", token=TOKEN, private=False)
     repo = hub.repos["space", "me/teller"]
     repo["files"] |= {"model/backbone.safetensors": b"of the captioner before", "notes.md": b"the owner's own"}
     hub.failures = {"create": [(402, "pay")]}  # updating stays free
+    capsys.readouterr()
     st.push_space(space, "me/teller", token=TOKEN)
+    assert "(hardware as before, still public)" in capsys.readouterr().out
     assert not private(repo) and repo["files"].pop("notes.md")
     assert digests(repo["files"]) == on_disk(space)
 

@@ -235,19 +235,42 @@ def test_a_telling_has_sentence_score_words_and_alternatives(storyteller):
     assert greedy == storyteller.tell(some_images()[0], beam_width=1)[0]
 
 
-def test_a_decoder_with_attention_tells_where_each_word_looked():
+def a_looking_teller(end=0.0):
+    """An untrained captioner with attention, that wants to end as much as `end` says."""
     torch.manual_seed(2)
     vocab = st.Vocab([*st.SPECIAL, *(f"w{i}" for i in range(20))])
     captioner = st.Captioner("attention", 6, 24, (torch.zeros(6), torch.ones(6)), embedding=8, hidden=8).eval()
-    teller, features = st.Storyteller({}, vocab, captioner), torch.randn(3, 49, 6)
+    captioner.decoder.output.bias.data[st.END] += end
+    return st.Storyteller({}, vocab, captioner)
+
+
+def test_a_decoder_with_attention_tells_where_each_word_looked():
+    teller, features = a_looking_teller(), torch.randn(3, 49, 6)
     for photo, telling in enumerate(teller.tell_features(features)):
         assert telling.attention.shape == (len(telling.words), 7, 7)
         np.testing.assert_allclose(telling.attention.sum((1, 2)), 1, rtol=1e-5)
-        state, word = captioner.start(features[photo:photo + 1]), st.START
+        state, word = teller.captioner.start(features[photo:photo + 1]), st.START
         for said, look in zip(telling.words, telling.attention, strict=True):
-            _, state = captioner.step(torch.tensor([word]), state)
+            _, state = teller.captioner.step(torch.tensor([word]), state)
             np.testing.assert_allclose(look.ravel(), state["weights"][0].detach(), atol=1e-6)
-            word = vocab.ids[said]
+            word = teller.vocab.ids[said]
+
+
+def test_every_telling_has_a_word_however_it_is_sampled_or_searched():
+    teller, features = a_looking_teller(end=50), torch.randn(40, 49, 6)
+    for options in ({"method": "sample", "temperature": 2.0}, {"beam_width": 3}, {"method": "greedy"}):
+        for told in teller.tell_features(features, **options):
+            assert len(told.words) == len(told.attention) == 1
+
+
+@pytest.mark.parametrize("method", ["beam", "sample"])
+@pytest.mark.parametrize("length", [3, 2 * st.MAX_WORDS])
+def test_captions_may_be_shorter_or_longer_than_usual(method, length):
+    teller, limits = a_looking_teller(end=-50), {"no_repeat": 0} if method == "beam" else {}
+    told, = teller.tell_features(torch.randn(1, 49, 6), method, max_length=length, **limits)
+    assert len(told.words) == length and told.attention.shape == (length, 7, 7)
+    with pytest.raises(TypeError, match="max_lenth"):
+        teller.tell_features(torch.randn(1, 49, 6), method, max_lenth=3)
 
 
 @pytest.mark.parametrize("options", [{"method": "magic"}, {"beam_width": 0}, {"temperature": 0, "method": "sample"}])

@@ -358,7 +358,8 @@ def wait_for(condition, what, seconds=60):
     return found
 
 
-def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end():
+@pytest.mark.parametrize("asking", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(asking):
     whole = begin(epochs=6)
     st.train(whole)
     expected, history = last(whole)["model"], without_clock(last(whole)["history"])
@@ -367,11 +368,11 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end()
     st.write_json(run.out / "job.json", run.job())
     worker = subprocess.Popen([sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL)
     wait_for((run.out / "last.pt").is_file, "no first epoch")
-    worker.terminate()
+    worker.send_signal(signal.Signals[asking])
     assert worker.wait() == 0
     left = st.read_json(run.out / "unfinished.json")
     at = last(run)["at"]
-    assert (left["epoch"], left["step"]) == (at["epoch"], at["step"]) and "SIGTERM" in left["reason"]
+    assert (left["epoch"], left["step"]) == (at["epoch"], at["step"]) and asking in left["reason"]
     assert 1 <= left["epoch"] < 6 and left["editions"] == run.job()["editions"]
     assert (run.out / "model/config.json").is_file(), "the best captioner so far"
     run = begin(epochs=6)
@@ -405,10 +406,76 @@ def test_resume_from_takes_a_folder_and_says_when_it_is_not_clear(tmp_path):
     trained(begin(epochs=1))
     for place in ("one", "two"):
         st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", tmp_path / place / "03_train_dual_t4")
-    assert st.Trainer(begin(resume_from=str(tmp_path / "one")).job()).checkpoint().parent.parent == tmp_path / "one"
+    assert st.Trainer(begin(resume_from=str(tmp_path / "one")).job()).checkpoints()[-1][0].parent.parent == tmp_path / "one"
     for place, count in ((tmp_path, 2), (tmp_path / "nowhere", 0)):
         with pytest.raises(st.ArtifactError, match=f"holds {count} checkpoints"):
-            st.Trainer(begin(resume_from=str(place)).job()).checkpoint()
+            st.Trainer(begin(resume_from=str(place)).job()).checkpoints()
+
+
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, capsys):
+    trained(begin(epochs=1))
+    elsewhere = st.shutil.move(st.OUTPUTS / "03_train_dual_t4/last.pt", tmp_path / "last.pt")
+    settings = {"epochs": 3, "resume_from": str(elsewhere)}
+    for steps in (1, 2):
+        st.train(begin(**settings, max_hours=1e-6))
+        assert last(begin(**settings))["at"]["step"] == steps
+    assert trained(begin(**settings)).at["epoch"] == 3
+    assert re.findall("going on after .*", capsys.readouterr().err) == [
+        f"going on after 1 epochs and {steps} steps" for steps in (0, 1, 2)]
+
+
+def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_other_settings_do(capsys):
+    with pytest.raises(st.ArtifactError, match="stopped after 0 of 2"):
+        st.train(begin(epochs=2, max_hours=1e-6))
+    for settings, used in (({"accumulate": 2}, True), ({"learning_rate": 0.5}, False)):
+        trainer = st.Trainer(begin(epochs=2, **settings).job())
+        trainer.resume()
+        assert (trainer.at["step"] == 1) == used
+        assert ("is of a run with other settings" in capsys.readouterr().err) != used
+    path = st.OUTPUTS / "03_train_dual_t4/last.pt"
+    scaling = st.Trainer(begin(epochs=2).job())
+    scaling.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16, where last.pt was written in float32
+    assert scaling.load(path, False) and scaling.scaler.get_scale() == 2**16
+
+
+def test_a_stop_after_the_last_step_is_none(monkeypatch):
+    run = begin(epochs=1)
+    trainer = st.Trainer(run.job())
+    validate = trainer.validate
+    monkeypatch.setattr(trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate())
+    trainer.run()
+    assert (run.out / "model").is_dir() and not (run.out / "unfinished.json").exists()
+
+
+def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
+    for name in ("one", "two"):
+        place = tmp_path / "input" / name / "03_train_dual_t4"
+        place.mkdir(parents=True)
+        (place / "unfinished.json").write_text("{}")
+    monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
+    with pytest.raises(st.ArtifactError, match="(?s)2 unfinished runs.*one/03_train.*two/03_train"):
+        st.Trainer(begin().job()).resume()
+
+
+def test_processes_at_different_places_are_an_error(monkeypatch):
+    trainer = st.Trainer(begin().job())
+    monkeypatch.setattr(st, "_gathered", lambda values: torch.stack([values, values + 1]))
+    with pytest.raises(st.ArtifactError, match=r"different checkpoints.*\[\[0, 0, 0\], \[1, 1, 1\]\].*Copy outputs/"):
+        trainer.resume()
+
+
+def test_the_first_failure_is_the_one_that_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("STORYTELLER_FAILURE", str(tmp_path / "failure.json"))
+    st.write_json(tmp_path / "job.json", {})
+    for message in ("Out of memory: try accumulate=2", "lost connection to a peer"):
+        with pytest.raises(SystemExit):
+            st._work(lambda job: (_ for _ in ()).throw(RuntimeError(message)), tmp_path / "job.json")
+    assert st.read_json(tmp_path / "failure.json")["message"] == "Out of memory: try accumulate=2"
+
+
+def test_the_loss_does_not_choose_among_self_critical_epochs():
+    with pytest.raises(ValueError, match="select_by is 'loss'.*self_critical=-1"):
+        begin(recipe="best", select_by="loss")
 
 
 def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypatch):
