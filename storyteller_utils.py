@@ -1906,8 +1906,9 @@ class CaptionData:
     references: dict[str, list[list[list[str]]]]
 
     @classmethod
-    def load(cls, extracted: Path, prepared: Path) -> CaptionData:
+    def load(cls, extracted: Path | str, prepared: Path | str) -> CaptionData:
         """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
+        extracted, prepared = Path(extracted), Path(prepared)
         row_of = {name: row for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])}
         skipped = set(read_table(extracted / "skipped.csv", "image")["image"])
         table = read_table(prepared / "captions.csv", "image", "split", "caption")
