@@ -3163,9 +3163,14 @@ def zip_space(folder: Path) -> Path:
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return folder.with_name("space.zip")
 
-# What `check_space` runs: the app, with a network that reaches no further than this machine.
+# What `check_space` runs: the app, with a network that reaches no further than this machine, until the caller ends.
 _OFFLINE = """
-import runpy, socket
+import os, runpy, socket, sys, threading, time
+def watch():
+    while os.getppid() == int(sys.argv[1]):
+        time.sleep(1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
 def connect(sock, address, real=socket.socket.connect):
     if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
         raise OSError(f"A Space must start without the network, but this one asked for {address}")
@@ -3192,7 +3197,7 @@ def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+", encoding="utf-8") as log:
         env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": scratch,
                 "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-        app = subprocess.Popen([sys.executable, "-c", _OFFLINE], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+        app = subprocess.Popen([sys.executable, "-c", _OFFLINE, str(os.getpid())], cwd=folder, env=env, stdin=subprocess.DEVNULL,
                                stdout=log, stderr=log, start_new_session=True)
         try:
             return _caption_examples(folder, app, f"http://127.0.0.1:{port}/", time.monotonic() + timeout)

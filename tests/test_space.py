@@ -294,6 +294,16 @@ def test_requirements_name_no_gradio_and_every_example_has_a_licence():
     assert sum(p.stat().st_size for p in photos) < 200_000
 
 
+def test_no_app_outlives_who_checks_it(space):
+    psutil = pytest.importorskip("psutil")
+    code = "import sys, storyteller_utils as st; st.check_space(sys.argv[1])"
+    checks = psutil.Popen([sys.executable, "-c", code, str(space)], cwd=ROOT)
+    while not (apps := checks.children()):
+        assert checks.poll() is None
+    checks.kill()
+    assert apps[0].wait(timeout=60) is None and not apps[0].is_running()
+
+
 def test_a_space_starts_without_network_and_captions_its_examples(space, tiny_model):
     before = listing(space)
     captions = st.check_space(space)
