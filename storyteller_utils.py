@@ -1711,7 +1711,7 @@ class TransformerDecoder(nn.Module):
                  dropout: float = 0.0):
         super().__init__()
         self.encoder = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden))
-        self.regions = nn.Parameter(0.02 * torch.randn(regions, hidden))
+        self.regions = nn.init.normal_(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.layers = nn.ModuleList(TransformerLayer(hidden, heads, dropout) for _ in range(layers))
         self.norm, self.output, self.dropout = nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary), nn.Dropout(dropout)
@@ -2516,6 +2516,14 @@ class Telling:
     alternatives: list[tuple[str, float]]
     attention: np.ndarray | None = None
 
+class _Uninitialised(torch.overrides.TorchFunctionMode):
+    """Build modules without drawing their first weights, for which the meta device imports all of torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return function(*args, **(kwargs or {}))
+
 class Storyteller:
     """A captioner with its vocabulary and its backbone: photos in, sentences out.
 
@@ -2551,20 +2559,23 @@ class Storyteller:
         try:
             if sha256(vocab.words) != config["vocabulary_sha256"]:
                 raise ValueError("vocab.json is that of another captioner")
-            if not all(isinstance(size, int) and 0 < size <= 10_000 for size in config["sizes"].values()):
-                raise ValueError(f"its sizes are {config['sizes']}")
+            sizes = config["sizes"] | {"width": config["width"], "regions": config["regions"]}
+            if not all(isinstance(size, int) and 0 < size <= 10_000 for size in sizes.values()):
+                raise ValueError(f"its sizes are {sizes}")
             moments = torch.tensor([config["feature_mean"], config["feature_deviation"]], dtype=torch.float32)
             if not all(tensor.isfinite().all() for tensor in (moments, *weights.values())) or not moments[1].gt(0).all():
                 raise ValueError("some of its numbers are no numbers, or a deviation is not above 0")
             find_backbone(config["backbone"])
             build = partial(Captioner, config["decoder"], config["width"], len(vocab), moments, **config["sizes"])
-            with torch.device("meta"):  # whatever sizes it names, here they take no memory
-                blank = build().to("meta")
-                blank.step(torch.zeros(1, dtype=torch.long), blank.start(torch.zeros(1, config["regions"], config["width"])))
+            with torch.device("meta"), _Uninitialised():  # whatever sizes it names, here they take no memory
+                blank = build()
             if {k: v.shape for k, v in blank.state_dict().items()} != {k: v.shape for k, v in weights.items()}:
                 raise ValueError("model.safetensors holds tensors of other names or shapes than config.json says")
-            captioner = build()
+            with _Uninitialised():
+                captioner = build()
             captioner.load_state_dict(weights)
+            with torch.inference_mode():  # it can tell
+                captioner.step(torch.tensor([START]), captioner.start(torch.zeros(1, sizes["regions"], sizes["width"])))
             for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
                 config[other]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
