@@ -1,7 +1,11 @@
-"""Plant one bug of one line at a time and see that the fast tests catch it: what `make mutants` does.
+"""Plant one bug at a time and see that the fast tests catch it: what `make mutants` does.
 
-Ends with "caught N of 20"; exit 1 below 19. Two at a time, each in a copy of the project, with the tests marked `fast`.
+A bug is a change of a function's syntax tree, so that neither layout nor comments matter to it. Ends
+with "caught N of 20"; exit 1 below 19. Two at a time, each in a copy of the project, with the tests
+marked `fast`.
 """
+
+import ast
 import os
 import shutil
 import subprocess
@@ -9,37 +13,98 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENOUGH = 19
-# What a reader would call it, the line's own text (which occurs once in the module), and what it becomes.
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug in one function: an expression (or a statement) that becomes another."""
+
+    name: str
+    function: str  # "Class.method", or a function's name
+    old: str
+    new: str
+
+    def plant(self, module: str) -> str:
+        """Return the module's text with the bug; ValueError unless it fits in exactly one place."""
+        tree = ast.parse(module)
+        body = _definition(tree, self.function)
+        before, after = _parse(self.old), _parse(self.new)
+        swap = _Swap(ast.dump(before), after)
+        swap.visit(body)
+        if swap.count != 1:
+            raise ValueError(f"{self.name}: {self.old!r} is {swap.count} times in {self.function}")
+        return ast.unparse(ast.fix_missing_locations(tree))
+
+
+class _Swap(ast.NodeTransformer):
+    def __init__(self, old: str, new: ast.AST):
+        self.old, self.new, self.count = old, new, 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        # Whether a name is read or written is no part of how an expression looks.
+        if ast.dump(node) == self.old:
+            self.count += 1
+            return self.new
+        return self.generic_visit(node)
+
+
+def _parse(text: str) -> ast.AST:
+    statement = ast.parse(text).body[0]
+    return statement.value if isinstance(statement, ast.Expr) else statement
+
+
+def _definition(tree: ast.Module, name: str) -> ast.AST:
+    scope: ast.AST = tree
+    for part in name.split("."):
+        inner = [n for n in ast.iter_child_nodes(scope) if getattr(n, "name", None) == part]
+        if len(inner) != 1:
+            raise ValueError(f"the module has {len(inner)} definitions of {name}")
+        scope = inner[0]
+    return scope
+
+
 MUTANTS = [
-    ("captions score as if a word longer", "ended / length**length_preference], 1)", "ended / (length + 1)**length_preference], 1)"),
-    ("a photo is done at its first caption", "done = (pool_scores[:, -1] >=", "done = (pool_scores[:, 0] >="),
-    ("beams of other photos go on", "torch.arange(len(alive), device=parent.device)[:, None] * beams)",
-     "torch.arange(len(alive), device=parent.device)[:, None] * 0)"),
-    ("<unk> may be told", "masked_fill(word < 4, -torch.inf)", "masked_fill(word < 3, -torch.inf)"),
-    ("the temperature is upside down", "(logits / temperature).softmax(-1)", "(logits * temperature).softmax(-1)"),
-    ("padding is learned from", "real, output, kind = words[:, 1:] != PAD,", "real, output, kind = words[:, 1:] >= PAD,"),
-    ("label smoothing pushes the wrong way", "scores -= smoothing / len(weight)", "scores += smoothing / len(weight)"),
-    ("attention is shared out over photos", "[..., 0].float().softmax(-1)", "[..., 0].float().softmax(0)"),
-    ("the Transformer sees the next word", "device=x.device).triu(1)", "device=x.device).triu(2)"),
-    ("features are not centred", "return (features - self.mean) / self.deviation", "return features / self.deviation"),
-    ("the grid is read in columns", "grid = grid.flatten(2).transpose(1, 2)", "grid = grid.transpose(2, 3).flatten(2).transpose(1, 2)"),
-    ("turned photos stay turned", "image = ImageOps.exif_transpose(image)", "image = image.copy()"),
-    ("some test photos are trained on", 'for split, part in (("train", train), ("val", val), ("test", test))',
-     'for split, part in (("val", val), ("test", test), ("train", [*train, *test[:9]]))'),
-    ("rare words are lost", "if n >= min_count)", "if n > min_count)"),
-    ("each slice of a batch sees the first photos", "self._forward(self.model, features[part], words[part]",
-     "self._forward(self.model, features[:len(part)], words[part]"),
-    ("samples are compared across photos", "(rewards - rewards.mean(1, keepdims=True))", "(rewards - rewards.mean())"),
-    ("dropout differs in a resumed run", "torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)",
-     "torch.manual_seed((self.settings.seed * 1_000_003 + int(self.at['seconds'] * 1e9)) * 64 + self.rank)"),
-    ("CIDEr-D takes five references for granted", "minlength=len(size)) / size", "minlength=len(size)) / 5"),
-    ("the longer of two close references counts", "key=lambda n: (abs(n - totals[0]), n))]", "key=lambda n: (abs(n - totals[0]), -n))]"),
-    ("what another edition was built on is taken", 'b.manifest["edition"]) != b.manifest["edition"]',
-     'b.manifest["edition"]) == ""'),
+    Mutant("captions score as if a word longer", "beam_search",
+           "ended / length**length_preference", "ended / (length + 1)**length_preference"),
+    Mutant("a photo is done at its first caption", "beam_search", "pool_scores[:, -1]", "pool_scores[:, 0]"),
+    Mutant("beams of other photos go on", "beam_search",
+           "torch.arange(len(alive), device=parent.device)[:, None] * beams",
+           "torch.arange(len(alive), device=parent.device)[:, None] * 0"),
+    Mutant("<unk> may be told", "_extend", "word < 4", "word < 3"),
+    Mutant("the temperature is upside down", "sample_captions", "logits / temperature", "logits * temperature"),
+    Mutant("padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"),
+    Mutant("label smoothing pushes the wrong way", "_WordLoss.forward",
+           "scores -= smoothing / len(weight)", "scores += smoothing / len(weight)"),
+    Mutant("attention is shared out over photos", "AttentionLSTM.look",
+           "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(-1)",
+           "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(0)"),
+    Mutant("the Transformer sees the next word", "TransformerLayer.look",
+           "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)",
+           "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)"),
+    Mutant("features are not centred", "Captioner.standardise", "features - self.mean", "features"),
+    Mutant("the grid is read in columns", "Backbone.forward", "grid.flatten(2)", "grid.transpose(2, 3).flatten(2)"),
+    Mutant("turned photos stay turned", "_pil_photo", "ImageOps.exif_transpose(image)", "image.copy()"),
+    Mutant("some test photos are trained on", "split_photos",
+           "(('train', train), ('val', val), ('test', test))",
+           "(('val', val), ('test', test), ('train', [*train, *test[:9]]))"),
+    Mutant("rare words are lost", "Vocab.build", "n >= min_count", "n > min_count"),
+    Mutant("each slice of a batch sees the first photos", "Trainer.train_step", "features[part]", "features[:len(part)]"),
+    Mutant("samples are compared across photos", "Trainer._samples",
+           "rewards.mean(1, keepdims=True)", "rewards.mean()"),
+    Mutant("dropout differs in a resumed run", "Trainer.train_step",
+           "self.settings.seed * 1_000_003 + step", "self.settings.seed * 1_000_003 + int(self.at['seconds'] * 1e9)"),
+    Mutant("CIDEr-D takes five references for granted", "CiderD.score",
+           "np.bincount(hypothesis, similarity, minlength=len(size)) / size",
+           "np.bincount(hypothesis, similarity, minlength=len(size)) / 5"),
+    Mutant("the longer of two close references counts", "_bleu_row", "abs(n - totals[0]), n", "abs(n - totals[0]), -n"),
+    Mutant("what another edition was built on is taken", "Run.read",
+           "a.manifest['reads'].get(b.stage, b.manifest['edition']) != b.manifest['edition']",
+           "a.manifest['reads'].get(b.stage, b.manifest['edition']) == ''"),
 ]
 
 
@@ -57,19 +122,16 @@ def fast_tests(module: str) -> tuple[bool, float, str]:
 
 def main() -> None:
     source = (ROOT / "storyteller_utils.py").read_text(encoding="utf-8")
-    for name, old, _ in MUTANTS:
-        if source.count(old) != 1:
-            sys.exit(f"{name}: {old!r} occurs {source.count(old)} times in the module, it must be once")
+    planted = [mutant.plant(source) for mutant in MUTANTS]
     well, seconds, last = fast_tests(source)
     print(f"without a bug: {last} ({seconds:.0f} s with the copy)", flush=True)
     if not well:
         sys.exit("The fast tests fail without a bug.")
     caught = 0
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda mutant: fast_tests(source.replace(*mutant[1:])), MUTANTS)
-        for (name, *_), (passed, seconds, last) in zip(MUTANTS, runs, strict=True):
+        for mutant, (passed, seconds, last) in zip(MUTANTS, pool.map(fast_tests, planted), strict=True):
             caught += not passed
-            print(f"{'MISSED' if passed else 'caught'} after {seconds:.0f} s: {name}: {last}", flush=True)
+            print(f"{'MISSED' if passed else 'caught'} after {seconds:.0f} s: {mutant.name}: {last}", flush=True)
     print(f"caught {caught} of {len(MUTANTS)}")
     sys.exit(caught < ENOUGH)
 
