@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test demo notebooks kaggle bench faults load mutants clean
+.PHONY: help run test lint demo notebooks kaggle bench faults load mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
@@ -46,6 +46,9 @@ run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folde
 
 test: $(VENV)/test  ## all tests
 	$(BIN)/python -m pytest tests -q -rs
+
+lint: $(VENV)/test  ## formatter and linter, as CI runs them
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
 	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.default_model())'))" \
