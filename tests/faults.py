@@ -4,6 +4,7 @@ A stage is what its notebook's cells do, run as a program of their own on 40 dra
 run again (after damage to what it leaves, the next stage): either the result equals the undisturbed one's, or one message
 names the file and says what to do. Moments and bytes are drawn from a seed.
 """
+
 import collections
 import contextlib
 import os
@@ -26,15 +27,20 @@ sys.path.insert(0, str(ROOT))
 import storyteller_utils as st  # noqa: E402
 
 SEED, PHOTOS, KILLS = 13, 40, 20
-SETTINGS = {"01_extract_features": "backbone = 'efficientnet_lite0'; batch_size = 4; dataset_dir = 'dataset'",
-            "02_vocab": "min_count = 1; dataset_dir = 'dataset'", "03_train_dual_t4": "epochs = 3; dataset_dir = 'dataset'",
-            "04_evaluate": "dataset_dir = 'dataset'", "05_deploy": ""}
+SETTINGS = {
+    "01_extract_features": "backbone = 'efficientnet_lite0'; batch_size = 4; dataset_dir = 'dataset'",
+    "02_vocab": "min_count = 1; dataset_dir = 'dataset'",
+    "03_train_dual_t4": "epochs = 3; dataset_dir = 'dataset'",
+    "04_evaluate": "dataset_dir = 'dataset'",
+    "05_deploy": "",
+}
 SLOW = 180
 
 
 @dataclass
 class Outcome:
     """What came of a fault: "same" as undisturbed, "refused" with a message, or "lost", and the output that shows it."""
+
     kind: str
     stage: str
     what: str
@@ -45,14 +51,22 @@ class Outcome:
 def program(stage: str) -> str:
     """Return the cells of a stage's notebook as a program, with this test's settings after its own."""
     cells = nbformat.read(ROOT / f"notebooks/{stage}.ipynb", 4).cells
-    code = [(cell.source, cell.metadata.get("tags", [])) for cell in cells if cell.cell_type == "code"]
-    return "\n\n".join(source + f"\n{SETTINGS[stage]}" * ("parameters" in tags) for source, tags in code)
+    code = [
+        (cell.source, cell.metadata.get("tags", [])) for cell in cells if cell.cell_type == "code"
+    ]
+    return "\n\n".join(
+        source + f"\n{SETTINGS[stage]}" * ("parameters" in tags) for source, tags in code
+    )
 
 
 def counts(folder: Path, stage: str) -> dict:
     """Return what a finished stage is held to: all of its files but the seconds that some of them tell."""
     out, found = folder / "outputs" / stage, {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in ("manifest.json", "last.pt", "scores.md")):
+    for path in sorted(
+        p
+        for p in out.rglob("*")
+        if p.is_file() and p.name not in ("manifest.json", "last.pt", "scores.md")
+    ):
         value = path.read_bytes()
         if path.name == "history.csv":
             value = st.read_table(path).drop(columns=["seconds", "captions_per_second"]).to_csv()
@@ -78,8 +92,11 @@ class Ground:
         self.expected = {stage: counts(folder, stage) for stage in st.STAGES}
 
     def furnish(self, folder: Path) -> None:
-        for name, target in {"storyteller_utils.py": ROOT / "storyteller_utils.py", "space": ROOT / "space",
-                             "dataset": self.folder / "dataset"}.items():
+        for name, target in {
+            "storyteller_utils.py": ROOT / "storyteller_utils.py",
+            "space": ROOT / "space",
+            "dataset": self.folder / "dataset",
+        }.items():
             if not (folder / name).exists():
                 (folder / name).symlink_to(target)
         for stage in st.STAGES:
@@ -96,14 +113,33 @@ class Ground:
                 shutil.copytree(self.folder / "outputs" / stage, folder / "outputs" / stage)
             yield folder
 
-    def run(self, folder: Path, stage: str, after: float | None = None, only_notebook: bool = False) -> tuple[int, str, float]:
+    def run(
+        self, folder: Path, stage: str, after: float | None = None, only_notebook: bool = False
+    ) -> tuple[int, str, float]:
         """Run a stage's cells; SIGKILL it `after` seconds of work, its worker too or not. Returns status, output, seconds."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1",
-                       "STORYTELLER_KAGGLE_INPUT": str(folder / "no-kaggle"), "TMPDIR": str(self.folder)}
-        process = subprocess.Popen([sys.executable, f"{stage}.py"], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "agg",
+            "PYTHONUNBUFFERED": "1",
+            "STORYTELLER_KAGGLE_INPUT": str(folder / "no-kaggle"),
+            "TMPDIR": str(self.folder),
+        }
+        process = subprocess.Popen(
+            [sys.executable, f"{stage}.py"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
         try:
-            output, began = process.stdout.readline(), time.monotonic()  # what `start` says, when the imports are done
+            output, began = (
+                process.stdout.readline(),
+                time.monotonic(),
+            )  # what `start` says, when the imports are done
             if after is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(after)
@@ -123,7 +159,9 @@ class Ground:
         if status == 0:
             return "same" if counts(folder, stage) == self.expected[stage] else "lost", output
         said = output.rsplit("ArtifactError: ", 1)[1:]
-        return "refused" if said and "gain" in said[0] and re.search(names, said[0]) else "lost", output
+        return "refused" if said and "gain" in said[0] and re.search(
+            names, said[0]
+        ) else "lost", output
 
     # The kinds of faults
 
@@ -133,7 +171,9 @@ class Ground:
         with self.copy(*st.STAGES[stage]) as folder:
             self.run(folder, stage, after, only_notebook)
             what = f"SIGKILL after {after:.2f} s" + " (its worker lives on)" * only_notebook
-            if (folder / "outputs" / stage / "manifest.json").is_file() and counts(folder, stage) != self.expected[stage]:
+            if (folder / "outputs" / stage / "manifest.json").is_file() and counts(
+                folder, stage
+            ) != self.expected[stage]:
                 return Outcome("kill", stage, what, "lost", "half-written, but taken for finished")
             came, output = self.judge(folder, stage)
             return Outcome("kill", stage, what, came if came == "same" else "lost", output)
@@ -142,7 +182,11 @@ class Ground:
         """SIGKILL, then a flipped byte in something that the killed run left; a second run after a message must be well."""
         with self.copy(*st.STAGES[stage]) as folder:
             self.run(folder, stage, rng.uniform(0.2, 0.9) * self.seconds[stage])
-            left = [p for p in sorted((folder / "outputs" / stage).rglob("*")) if p.is_file() and p.name != "manifest.json"]
+            left = [
+                p
+                for p in sorted((folder / "outputs" / stage).rglob("*"))
+                if p.is_file() and p.name != "manifest.json"
+            ]
             if not left:
                 return Outcome("leftover", stage, "nothing was left", self.judge(folder, stage)[0])
             path = rng.choice(left)
@@ -157,8 +201,13 @@ class Ground:
     def full(self, stage: str, rng: random.Random) -> Outcome:
         """Let the disk have room for a part of what the stage writes, then make room."""
         share = rng.uniform(0, 1.2)
-        needed = sum(p.stat().st_size for p in (self.folder / "outputs" / stage).rglob("*") if p.is_file())
-        with self.copy(*st.STAGES[stage]) as folder, disk(folder / "outputs" / stage, int(share * needed)) as remount:
+        needed = sum(
+            p.stat().st_size for p in (self.folder / "outputs" / stage).rglob("*") if p.is_file()
+        )
+        with (
+            self.copy(*st.STAGES[stage]) as folder,
+            disk(folder / "outputs" / stage, int(share * needed)) as remount,
+        ):
             came, output = self.judge(folder, stage, r"outputs/.*No space left")
             if came != "lost":
                 remount("size=1g")
@@ -168,12 +217,21 @@ class Ground:
 
     def read_only(self, stage: str, rng: random.Random) -> Outcome:
         """Let the stage's folder be read-only, then writable."""
-        with self.copy(*st.STAGES[stage]) as folder, disk(folder / "outputs" / stage, 2**30) as remount:
+        with (
+            self.copy(*st.STAGES[stage]) as folder,
+            disk(folder / "outputs" / stage, 2**30) as remount,
+        ):
             remount("ro")
             came, output = self.judge(folder, stage, r"outputs/.*Read-only")
             remount("rw")
             again, more = self.judge(folder, stage)
-            return Outcome("read-only", stage, "", came if (came, again) == ("refused", "same") else "lost", output + more)
+            return Outcome(
+                "read-only",
+                stage,
+                "",
+                came if (came, again) == ("refused", "same") else "lost",
+                output + more,
+            )
 
     def damaged(self, stage: str, name: str, rng: random.Random) -> Outcome:
         """Truncate a file of a finished stage, or flip a byte of it; then run the first stage that reads it."""
@@ -187,17 +245,27 @@ class Ground:
         """Run a stage twice at once in one folder: the second is refused, or both end right."""
         with self.copy(*st.STAGES[stage]) as folder, ThreadPoolExecutor(2) as pool:
             runs = [result for result in pool.map(lambda _: self.run(folder, stage), range(2))]
-            refused = [output for status, output, _ in runs if status and "Another run works in" in output]
-            well = len(refused) + sum(status == 0 for status, _, _ in runs) == 2 and len(refused) < 2
+            refused = [
+                output for status, output, _ in runs if status and "Another run works in" in output
+            ]
+            well = (
+                len(refused) + sum(status == 0 for status, _, _ in runs) == 2 and len(refused) < 2
+            )
             same = counts(folder, stage) == self.expected[stage]
-            return Outcome("two at once", stage, f"{len(refused)} refused", "same" if well and same else "lost", runs[0][1] + runs[1][1])
+            return Outcome(
+                "two at once",
+                stage,
+                f"{len(refused)} refused",
+                "same" if well and same else "lost",
+                runs[0][1] + runs[1][1],
+            )
 
 
 def damage(path: Path, rng: random.Random) -> str:
     """Cut a file short or flip one of its bits. Returns which."""
     data = bytearray(path.read_bytes())
     if rng.random() < 0.5 or not data:
-        path.write_bytes(data[:rng.randrange(len(data))] if data else b"?")
+        path.write_bytes(data[: rng.randrange(len(data))] if data else b"?")
         return "cut short"
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
@@ -207,7 +275,12 @@ def damage(path: Path, rng: random.Random) -> str:
 def can_mount() -> bool:
     """Whether this user may mount a small disk."""
     with tempfile.TemporaryDirectory() as folder:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode == 0
+        mounted = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+            ).returncode
+            == 0
+        )
         return mounted and subprocess.run(["umount", folder]).returncode == 0
 
 
@@ -215,7 +288,9 @@ def can_mount() -> bool:
 def disk(folder: Path, size: int):
     """Put a disk of so many bytes at `folder`. Yields a function that changes it: "size=1g", "ro"."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(folder)], check=True
+    )
     try:
         yield lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
     finally:
@@ -226,23 +301,44 @@ def main() -> None:
     """Try every fault, two at a time, and end with a table; exit 1 if anything was lost."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         ground, began = Ground(Path(folder)), time.monotonic()
-        trials = [(kind, (stage,)) for stage in st.STAGES for kind in
-                  [ground.kill] * KILLS + [ground.two] + [ground.leftover] * 4 * (stage in ("01_extract_features", "03_train_dual_t4"))]
+        trials = [
+            (kind, (stage,))
+            for stage in st.STAGES
+            for kind in [ground.kill] * KILLS
+            + [ground.two]
+            + [ground.leftover] * 4 * (stage in ("01_extract_features", "03_train_dual_t4"))
+        ]
         if can_mount():
-            trials += [(kind, (stage,)) for stage in st.STAGES for kind in [ground.full] * 4 + [ground.read_only]]
+            trials += [
+                (kind, (stage,))
+                for stage in st.STAGES
+                for kind in [ground.full] * 4 + [ground.read_only]
+            ]
         else:
             print("This user may not mount a small disk: no full and no read-only one is tried.")
-        trials += [(ground.damaged, (stage, name)) for stage in list(st.STAGES)[:-1]
-                   for name in ["manifest.json", *ground.expected[stage]] for _ in range(2)]
-        tried = [pool.submit(kind, *where, random.Random(f"{SEED}/{i}")) for i, (kind, where) in enumerate(trials)]
+        trials += [
+            (ground.damaged, (stage, name))
+            for stage in list(st.STAGES)[:-1]
+            for name in ["manifest.json", *ground.expected[stage]]
+            for _ in range(2)
+        ]
+        tried = [
+            pool.submit(kind, *where, random.Random(f"{SEED}/{i}"))
+            for i, (kind, where) in enumerate(trials)
+        ]
         table = collections.Counter()
         for i, future in enumerate(tried, 1):
             outcome = future.result()
             table[outcome.kind, outcome.came] += 1
-            print(f"{i}/{len(tried)} {outcome.stage}: {outcome.kind} {outcome.what}: {outcome.came}", flush=True)
+            print(
+                f"{i}/{len(tried)} {outcome.stage}: {outcome.kind} {outcome.what}: {outcome.came}",
+                flush=True,
+            )
             if outcome.came == "lost":
                 print(outcome.output[-3000:])
-    print(f"\n| fault | tried | same result | refused by a message | lost |\n|---|---|---|---|---|  ({time.monotonic() - began:.0f} s)")
+    print(
+        f"\n| fault | tried | same result | refused by a message | lost |\n|---|---|---|---|---|  ({time.monotonic() - began:.0f} s)"
+    )
     for kind in dict.fromkeys(kind for kind, _ in table):
         ends = [table[kind, came] for came in ("same", "refused", "lost")]
         print(f"| {kind} |", " | ".join(map(str, [sum(ends), *ends])), "|")

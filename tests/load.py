@@ -4,6 +4,7 @@ Ends with a table of waiting times, and with exit 1 if there was an error other 
 a single visitor would not get, or memory that grew by more than a tenth between the first and the last ten seconds; a first
 crowd, of twenty seconds, is not counted.
 """
+
 import collections
 import contextlib
 import os
@@ -20,14 +21,23 @@ ROOT = Path(__file__).resolve().parents[1]
 VISITORS, SECONDS = 32, 60
 
 
-def storm(address: str, photos: list[Path], seconds: float, pid: int, visitors: int = VISITORS) -> dict:
+def storm(
+    address: str, photos: list[Path], seconds: float, pid: int, visitors: int = VISITORS
+) -> dict:
     """Let visitors ask for captions of these photos for so long, each as soon as it was answered.
 
     Returns "waits" (seconds, of those answered), "busy" (how often the queue was full), "errors" (others), "captions"
     {photo name: those told}, "memory" (of process `pid`, in MiB, ten times a second).
     """
     from gradio_client import Client, handle_file
-    found = {"waits": [], "busy": 0, "errors": [], "captions": collections.defaultdict(set), "memory": []}
+
+    found = {
+        "waits": [],
+        "busy": 0,
+        "errors": [],
+        "captions": collections.defaultdict(set),
+        "memory": [],
+    }
     begin, until = threading.Barrier(visitors + 1), [0.0]
 
     def visit(number: int) -> None:
@@ -36,7 +46,9 @@ def storm(address: str, photos: list[Path], seconds: float, pid: int, visitors: 
         while time.monotonic() < until[0]:
             photo, began = photos[number % len(photos)], time.monotonic()
             try:
-                found["captions"][photo.name].add(client.predict(handle_file(str(photo)), api_name="/caption")[0])
+                found["captions"][photo.name].add(
+                    client.predict(handle_file(str(photo)), api_name="/caption")[0]
+                )
                 found["waits"].append(time.monotonic() - began)
             except Exception as error:  # whatever a visitor gets to see
                 if "full" in str(error).lower():
@@ -65,11 +77,19 @@ def storm(address: str, photos: list[Path], seconds: float, pid: int, visitors: 
 def page(folder: Path):
     """Serve space/ in a process of its own. Yields its address, the process and the folder of its uploads."""
     from gradio_client import Client
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    app = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT / "space", env=environment, stdout=subprocess.DEVNULL)
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+    app = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=ROOT / "space", env=environment, stdout=subprocess.DEVNULL
+    )
     address, until = f"http://127.0.0.1:{port}/", time.monotonic() + 120
     try:
         while True:
@@ -88,6 +108,7 @@ def page(folder: Path):
 
 def main() -> None:
     from gradio_client import Client, handle_file
+
     photos = sorted(p for p in (ROOT / "space/examples").iterdir() if p.suffix == ".jpg")
     with tempfile.TemporaryDirectory() as uploads, page(Path(uploads)) as (address, app):
         client = Client(address, verbose=False, download_files=False)
@@ -96,17 +117,28 @@ def main() -> None:
             began = time.monotonic()
             alone[photo.name] = {client.predict(handle_file(str(photo)), api_name="/caption")[0]}
             single.append(time.monotonic() - began)
-        storm(address, photos, 20, app.pid)  # the first crowd fills the server's threads and caches, once
+        storm(
+            address, photos, 20, app.pid
+        )  # the first crowd fills the server's threads and caches, once
         found = storm(address, photos, SECONDS, app.pid)
         sizes = [p.stat().st_size for p in Path(uploads).rglob("*") if p.is_file()]
     first, last = statistics.mean(found["memory"][:100]), statistics.mean(found["memory"][-100:])
     waits = sorted(found["waits"])
-    print(f"{len(waits)} captions for {VISITORS} visitors in {SECONDS} s; {found['busy']} times \"the queue is full\"; "
-          f"{len(found['errors'])} other errors; {len(sizes)} files of {sum(sizes) / 2**20:.1f} MiB on disk")
+    print(
+        f'{len(waits)} captions for {VISITORS} visitors in {SECONDS} s; {found["busy"]} times "the queue is full"; '
+        f"{len(found['errors'])} other errors; {len(sizes)} files of {sum(sizes) / 2**20:.1f} MiB on disk"
+    )
     print(f"memory: {first:.0f} MiB in the first ten seconds, {last:.0f} in the last")
     print("| seconds until the caption | median | 90 % | 99 % | longest |\n|---|---|---|---|---|")
     for name, times in (("one visitor", sorted(single)), (f"{VISITORS} visitors", waits)):
-        print(f"| {name} |", " | ".join(f"{times[min(int(share * len(times)), len(times) - 1)]:.2f}" for share in (0.5, 0.9, 0.99, 1)), "|")
+        print(
+            f"| {name} |",
+            " | ".join(
+                f"{times[min(int(share * len(times)), len(times) - 1)]:.2f}"
+                for share in (0.5, 0.9, 0.99, 1)
+            ),
+            "|",
+        )
     print(*collections.Counter(found["errors"]).most_common(5), sep="\n")
     sys.exit(bool(found["errors"]) or dict(found["captions"]) != alone or last > 1.1 * first)
 

@@ -1,4 +1,5 @@
 """A Hub on this machine that keeps what it receives, and fails on demand: what the real client is tested against."""
+
 import base64
 import hashlib
 import json
@@ -9,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def private(repo):
-    return repo.get("private", repo.get("visibility") == "private")  # what huggingface_hub 1 and 2 send
+    return repo.get(
+        "private", repo.get("visibility") == "private"
+    )  # what huggingface_hub 1 and 2 send
 
 
 class LocalHub:
@@ -25,6 +28,7 @@ class LocalHub:
 
         class Handler(_Handler):
             pass
+
         Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -64,7 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
     def fails(self, place):
         """Do what `failures` has for this call; True if that was all the answer it gets."""
         self.hub.calls.append(place)
-        failure = self.hub.failures.get(place, [None]).pop(0) if self.hub.failures.get(place) else None
+        failure = (
+            self.hub.failures.get(place, [None]).pop(0) if self.hub.failures.get(place) else None
+        )
         if failure == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
@@ -87,9 +93,22 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/verify":
             return self.answer(200, {})
         if found := re.fullmatch(r"/(?:spaces/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
-            return self.answer(200, {"transfer": "basic", "objects": [
-                {**o, "actions": {"upload": {"href": f"{hub.address}/upload/{o['oid']}"},
-                                  "verify": {"href": f"{hub.address}/verify"}}} for o in json.loads(data)["objects"]]})
+            return self.answer(
+                200,
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        {
+                            **o,
+                            "actions": {
+                                "upload": {"href": f"{hub.address}/upload/{o['oid']}"},
+                                "verify": {"href": f"{hub.address}/verify"},
+                            },
+                        }
+                        for o in json.loads(data)["objects"]
+                    ],
+                },
+            )
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self.resolve(*found.groups())
         if found := re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)(?:/(.*))?", path):
@@ -97,7 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(404, {"error": "no such page"})
 
     def create(self, asked):
-        kind, name = asked.get("type", "model"), f"{asked.get('organization') or 'me'}/{asked['name']}"
+        kind, name = (
+            asked.get("type", "model"),
+            f"{asked.get('organization') or 'me'}/{asked['name']}",
+        )
         place = "create" if asked.get("hardware") != "zero-a10g" else "create zero-a10g"
         if self.fails(place):
             return None
@@ -111,23 +133,55 @@ class _Handler(BaseHTTPRequestHandler):
         if rest in ("", "revision/main") and self.fails("info"):
             return None
         if key not in self.hub.repos:
-            return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return self.answer(
+                404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            )
         repo = self.hub.repos[key]
         files = repo["files"]
         if rest.startswith("preupload/"):
-            return self.answer(200, {"files": [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
-                 "shouldIgnore": False, "oid": None} for f in json.loads(data)["files"]]})
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs"
+                            if f["path"].endswith(".safetensors")
+                            else "regular",
+                            "shouldIgnore": False,
+                            "oid": None,
+                        }
+                        for f in json.loads(data)["files"]
+                    ]
+                },
+            )
         if rest.startswith("commit/"):
             where = f"{'spaces/' * (key[0] == 'space')}{key[1]}"
             return self.commit(where, files, [json.loads(line) for line in data.splitlines()])
         if rest == "runtime":
-            return self.fails("runtime") or self.answer(200, {"stage": self.hub.stages.pop(0), "hardware": {}})
+            return self.fails("runtime") or self.answer(
+                200, {"stage": self.hub.stages.pop(0), "hardware": {}}
+            )
         if rest.startswith("tree/"):
-            return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
-                                     for name, data in files.items()])
-        return self.answer(200, {"id": key[1], "sha": "0" * 40, "private": private(repo), "tags": [], "downloads": 0, "likes": 0,
-                                 "siblings": [{"rfilename": n, "size": len(d)} for n, d in files.items()]})
+            return self.answer(
+                200,
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
+                    for name, data in files.items()
+                ],
+            )
+        return self.answer(
+            200,
+            {
+                "id": key[1],
+                "sha": "0" * 40,
+                "private": private(repo),
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": n, "size": len(d)} for n, d in files.items()],
+            },
+        )
 
     def commit(self, where, files, lines):
         if self.fails("commit"):

@@ -2,6 +2,7 @@
 
 The real client finds it as its HTTP proxy, on any free port; the address of Kaggle itself is never looked up.
 """
+
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,8 +26,14 @@ class LocalKaggle(ThreadingHTTPServer):
 
     def environment(self, home) -> dict[str, str]:
         """Return what makes the client talk to this server, and find no credentials besides these."""
-        return {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "KAGGLE_USERNAME": "me", "KAGGLE_KEY": "secret",
-                "HOME": str(home), "http_proxy": f"http://127.0.0.1:{self.server_port}", "no_proxy": ""}
+        return {
+            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+            "KAGGLE_USERNAME": "me",
+            "KAGGLE_KEY": "secret",
+            "HOME": str(home),
+            "http_proxy": f"http://127.0.0.1:{self.server_port}",
+            "no_proxy": "",
+        }
 
     def answer(self, call: str, asked: dict) -> tuple[int, dict]:
         if self.busy > 0:
@@ -40,8 +47,12 @@ class LocalKaggle(ThreadingHTTPServer):
         self.pushed.append(asked)
         self.polled[asked["slug"]] = 0
         unknown = [slug for slug in asked.get("kernelDataSources", []) if slug not in self.complete]
-        return 200, {"url": f"https://www.kaggle.com/code/{asked['slug']}", "versionNumber": 1, "error": "",
-                     "invalidKernelSources": unknown}
+        return 200, {
+            "url": f"https://www.kaggle.com/code/{asked['slug']}",
+            "versionNumber": 1,
+            "error": "",
+            "invalidKernelSources": unknown,
+        }
 
     def GetKernelSessionStatus(self, asked):
         slug = f"{asked['userName']}/{asked['kernelSlug']}"
@@ -56,7 +67,10 @@ class LocalKaggle(ThreadingHTTPServer):
         return 200, {"status": "COMPLETE"}
 
     def ListKernelSessionOutput(self, asked):
-        lines = [{"stream_name": "stderr", "time": 1.5, "data": line} for line in ("Executing\n", "ValueError: no\n")]
+        lines = [
+            {"stream_name": "stderr", "time": 1.5, "data": line}
+            for line in ("Executing\n", "ValueError: no\n")
+        ]
         return 200, {"log": json.dumps(lines)}
 
 
@@ -75,7 +89,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         known = self.headers.get("Authorization", "").startswith("Basic ")
-        status, answer = self.server.answer(call, asked) if known else (401, {"code": 401, "message": "Unauthorized"})
+        status, answer = (
+            self.server.answer(call, asked)
+            if known
+            else (401, {"code": 401, "message": "Unauthorized"})
+        )
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

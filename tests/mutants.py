@@ -69,42 +69,105 @@ def _definition(tree: ast.Module, name: str) -> ast.AST:
 
 
 MUTANTS = [
-    Mutant("captions score as if a word longer", "beam_search",
-           "ended / length**length_preference", "ended / (length + 1)**length_preference"),
-    Mutant("a photo is done at its first caption", "beam_search", "pool_scores[:, -1]", "pool_scores[:, 0]"),
-    Mutant("beams of other photos go on", "beam_search",
-           "torch.arange(len(alive), device=parent.device)[:, None] * beams",
-           "torch.arange(len(alive), device=parent.device)[:, None] * 0"),
+    Mutant(
+        "captions score as if a word longer",
+        "beam_search",
+        "ended / length**length_preference",
+        "ended / (length + 1)**length_preference",
+    ),
+    Mutant(
+        "a photo is done at its first caption",
+        "beam_search",
+        "pool_scores[:, -1]",
+        "pool_scores[:, 0]",
+    ),
+    Mutant(
+        "beams of other photos go on",
+        "beam_search",
+        "torch.arange(len(alive), device=parent.device)[:, None] * beams",
+        "torch.arange(len(alive), device=parent.device)[:, None] * 0",
+    ),
     Mutant("<unk> may be told", "_extend", "word < 4", "word < 3"),
-    Mutant("the temperature is upside down", "sample_captions", "logits / temperature", "logits * temperature"),
-    Mutant("padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"),
-    Mutant("label smoothing pushes the wrong way", "_WordLoss.forward",
-           "scores -= smoothing / len(weight)", "scores += smoothing / len(weight)"),
-    Mutant("attention is shared out over photos", "AttentionLSTM.look",
-           "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(-1)",
-           "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(0)"),
-    Mutant("the Transformer sees the next word", "TransformerLayer.look",
-           "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)",
-           "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)"),
+    Mutant(
+        "the temperature is upside down",
+        "sample_captions",
+        "logits / temperature",
+        "logits * temperature",
+    ),
+    Mutant(
+        "padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"
+    ),
+    Mutant(
+        "label smoothing pushes the wrong way",
+        "_WordLoss.forward",
+        "scores -= smoothing / len(weight)",
+        "scores += smoothing / len(weight)",
+    ),
+    Mutant(
+        "attention is shared out over photos",
+        "AttentionLSTM.look",
+        "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(-1)",
+        "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(0)",
+    ),
+    Mutant(
+        "the Transformer sees the next word",
+        "TransformerLayer.look",
+        "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)",
+        "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)",
+    ),
     Mutant("features are not centred", "Captioner.standardise", "features - self.mean", "features"),
-    Mutant("the grid is read in columns", "Backbone.forward", "grid.flatten(2)", "grid.transpose(2, 3).flatten(2)"),
-    Mutant("turned photos stay turned", "_pil_photo", "ImageOps.exif_transpose(image)", "image.copy()"),
-    Mutant("some test photos are trained on", "split_photos",
-           "(('train', train), ('val', val), ('test', test))",
-           "(('val', val), ('test', test), ('train', [*train, *test[:9]]))"),
+    Mutant(
+        "the grid is read in columns",
+        "Backbone.forward",
+        "grid.flatten(2)",
+        "grid.transpose(2, 3).flatten(2)",
+    ),
+    Mutant(
+        "turned photos stay turned", "_pil_photo", "ImageOps.exif_transpose(image)", "image.copy()"
+    ),
+    Mutant(
+        "some test photos are trained on",
+        "split_photos",
+        "(('train', train), ('val', val), ('test', test))",
+        "(('val', val), ('test', test), ('train', [*train, *test[:9]]))",
+    ),
     Mutant("rare words are lost", "Vocab.build", "n >= min_count", "n > min_count"),
-    Mutant("each slice of a batch sees the first photos", "Trainer.train_step", "features[part]", "features[:len(part)]"),
-    Mutant("samples are compared across photos", "Trainer._samples",
-           "rewards.mean(1, keepdims=True)", "rewards.mean()"),
-    Mutant("dropout differs in a resumed run", "Trainer.train_step",
-           "self.settings.seed * 1_000_003 + step", "self.settings.seed * 1_000_003 + int(self.at['seconds'] * 1e9)"),
-    Mutant("CIDEr-D takes five references for granted", "CiderD.score",
-           "np.bincount(hypothesis, similarity, minlength=len(size)) / size",
-           "np.bincount(hypothesis, similarity, minlength=len(size)) / 5"),
-    Mutant("the longer of two close references counts", "_bleu_row", "abs(n - totals[0]), n", "abs(n - totals[0]), -n"),
-    Mutant("what another edition was built on is taken", "Run.read",
-           "a.manifest['reads'].get(b.stage, b.manifest['edition']) != b.manifest['edition']",
-           "a.manifest['reads'].get(b.stage, b.manifest['edition']) == ''"),
+    Mutant(
+        "each slice of a batch sees the first photos",
+        "Trainer.train_step",
+        "features[part]",
+        "features[:len(part)]",
+    ),
+    Mutant(
+        "samples are compared across photos",
+        "Trainer._samples",
+        "rewards.mean(1, keepdims=True)",
+        "rewards.mean()",
+    ),
+    Mutant(
+        "dropout differs in a resumed run",
+        "Trainer.train_step",
+        "self.settings.seed * 1_000_003 + step",
+        "self.settings.seed * 1_000_003 + int(self.at['seconds'] * 1e9)",
+    ),
+    Mutant(
+        "CIDEr-D takes five references for granted",
+        "CiderD.score",
+        "np.bincount(hypothesis, similarity, minlength=len(size)) / size",
+        "np.bincount(hypothesis, similarity, minlength=len(size)) / 5",
+    ),
+    Mutant(
+        "the longer of two close references counts",
+        "_bleu_row",
+        "abs(n - totals[0]), n",
+        "abs(n - totals[0]), -n",
+    ),
+    Mutant(
+        "what another edition was built on is taken",
+        "Run.read",
+        "a.manifest['reads'].get(b.stage, b.manifest['edition']) != b.manifest['edition']",
+        "a.manifest['reads'].get(b.stage, b.manifest['edition']) == ''",
+    ),
 ]
 
 
@@ -114,9 +177,27 @@ def fast_tests(module: str) -> tuple[bool, float, str]:
         copy, began = Path(folder) / "project", time.monotonic()
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs", "__pycache__"))
         (copy / "storyteller_utils.py").write_text(module, encoding="utf-8")
-        run = subprocess.run([sys.executable, "-m", "pytest", "tests", "-m", "fast", "-x", "-q", "-p", "no:cacheprovider"],
-                             cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or run.stdout.splitlines()[-1:]
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "tests",
+                "-m",
+                "fast",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+            ],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        lines = [
+            line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
+        ] or run.stdout.splitlines()[-1:]
         return run.returncode == 0, time.monotonic() - began, " ".join(lines)[:150]
 
 
@@ -129,9 +210,14 @@ def main() -> None:
         sys.exit("The fast tests fail without a bug.")
     caught = 0
     with ThreadPoolExecutor(2) as pool:
-        for mutant, (passed, seconds, last) in zip(MUTANTS, pool.map(fast_tests, planted), strict=True):
+        for mutant, (passed, seconds, last) in zip(
+            MUTANTS, pool.map(fast_tests, planted), strict=True
+        ):
             caught += not passed
-            print(f"{'MISSED' if passed else 'caught'} after {seconds:.0f} s: {mutant.name}: {last}", flush=True)
+            print(
+                f"{'MISSED' if passed else 'caught'} after {seconds:.0f} s: {mutant.name}: {last}",
+                flush=True,
+            )
     print(f"caught {caught} of {len(MUTANTS)}")
     sys.exit(caught < ENOUGH)
 

@@ -2,6 +2,7 @@
 
 Progress bars are left out (they hold timings), and so is what differs from machine to machine in a stored notebook.
 """
+
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,15 @@ import storyteller_utils as st  # noqa: E402
 
 def cleaned(notebook):
     """Return the executed notebook without progress bars, execution metadata and what papermill adds."""
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
     for cell in notebook.cells:
-        cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        cell.metadata = (
+            {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        )
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
@@ -35,9 +42,15 @@ def main() -> None:
         shutil.copy(ROOT / "storyteller_utils.py", folder)
         for stage in st.STAGES:
             path = Path(folder, "notebooks", f"{stage}.ipynb")
-            subprocess.run([Path(sys.executable).with_name("papermill"), path, path, "--no-progress-bar"], cwd=folder, check=True)
+            subprocess.run(
+                [Path(sys.executable).with_name("papermill"), path, path, "--no-progress-bar"],
+                cwd=folder,
+                check=True,
+            )
             nbformat.write(cleaned(nbformat.read(path, 4)), ROOT / "notebooks" / path.name)
-        sheet = Image.open(Path(folder, "outputs/04_evaluate/sheet.png")).convert("RGB")  # the README's picture
+        sheet = Image.open(Path(folder, "outputs/04_evaluate/sheet.png")).convert(
+            "RGB"
+        )  # the README's picture
         sheet.save(ROOT / "notebooks/sheet.jpg", quality=80)
 
 

@@ -1,4 +1,5 @@
 """The bench: every comparison runs, and every result equals the baseline's. Never how fast."""
+
 import json
 import subprocess
 import sys
@@ -15,8 +16,21 @@ def test_every_comparison_runs_and_gives_the_same_result_as_its_baseline(here):
     rows = json.loads((here / "outputs/bench/bench.json").read_text())
     assert all(list(row) == FIELDS for row in rows)
     told = " ".join(row["name"] for row in rows)
-    for step in ("extraction", "decode", "training", "beam", "attention", "greedy", "resnet50", "lite0", "CIDEr-D",
-                 "import", "load", "memory", "Flickr30k"):
+    for step in (
+        "extraction",
+        "decode",
+        "training",
+        "beam",
+        "attention",
+        "greedy",
+        "resnet50",
+        "lite0",
+        "CIDEr-D",
+        "import",
+        "load",
+        "memory",
+        "Flickr30k",
+    ):
         assert step in told, f"no row about {step}"
     for row in rows:
         assert row["ours"] > 0 and row["name"] in run.stdout

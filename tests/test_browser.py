@@ -1,4 +1,5 @@
 """The page in a real browser: Debian's Chromium, driven by playwright."""
+
 import csv
 import dataclasses
 import re
@@ -11,12 +12,21 @@ from conftest import look_around
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason="Chromium is not installed: apt-get install chromium"
+)
 expect = playwright.expect
 CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jpg"))
 SHOTS = ROOT / "outputs" / "screenshots"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,9 @@ def attentive(app):
     """The page shows where its captioner looked, whether or not the tiny one has attention."""
     real = app.TELLER.tell
     app.TELLER.tell = lambda photos, **options: [
-        dataclasses.replace(told, attention=look_around(told.words)) for told in real(photos, **options)]
+        dataclasses.replace(told, attention=look_around(told.words))
+        for told in real(photos, **options)
+    ]
     yield app
     app.TELLER.tell = real
 
@@ -44,8 +56,10 @@ def open_page(browser, address, attentive):
 
     def note(message):
         # Pages of gradio ask the internet for a script for frames, and its 5.49 for the progress of "undefined".
-        if message.type == "error" and not re.search(r"cdnjs|upload_progress|ERR_NAME_NOT_RESOLVED|^Response ",
-                                                     f"{message.text} {message.location}"):
+        if message.type == "error" and not re.search(
+            r"cdnjs|upload_progress|ERR_NAME_NOT_RESOLVED|^Response ",
+            f"{message.text} {message.location}",
+        ):
             errors.append(message.text)
 
     def opener(width=1280, height=900, scheme="light"):
@@ -56,6 +70,7 @@ def open_page(browser, address, attentive):
         page.get_by_role("button", name="Tell the story").wait_for(timeout=30_000)
         opened.append(page)
         return page
+
     opener.errors = errors
     yield opener
     for page in opened:
@@ -78,6 +93,7 @@ def see(page, text):
 
 def test_a_photo_gets_the_caption_that_the_api_and_the_module_give(open_page, client, app):
     from gradio_client import handle_file
+
     page = open_page()
     give(page, CAT)
     expect(told(page)).to_have_text(app.TELLER.tell(CAT)[0].caption, timeout=15_000)
@@ -98,8 +114,12 @@ def test_another_search_tells_another_story(open_page, app):
     page = open_page()
     give(page, CAT)
     told(page).wait_for(timeout=15_000)
-    rows = page.locator("#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]")  # gradio 6, 5
-    expect(rows).to_have_count(len(app.TELLER.tell(CAT, beam_width=5)[0].alternatives), timeout=15_000)
+    rows = page.locator(
+        "#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]"
+    )  # gradio 6, 5
+    expect(rows).to_have_count(
+        len(app.TELLER.tell(CAT, beam_width=5)[0].alternatives), timeout=15_000
+    )
     page.get_by_text("How it searches").click()
     page.get_by_label("Greedy").first.check()
     expect(rows).to_have_count(1, timeout=15_000)
@@ -133,19 +153,25 @@ def test_several_photos_give_a_csv(open_page, app):
     with page.expect_download(timeout=20_000) as download:
         page.get_by_role("link", name=re.compile(r"\d B")).click(timeout=20_000)
     with open(download.value.path(), newline="", encoding="utf-8") as file:
-        assert [row["caption"] for row in csv.DictReader(file)] == [t.caption for t in app.TELLER.tell([CAT, COFFEE])]
+        assert [row["caption"] for row in csv.DictReader(file)] == [
+            t.caption for t in app.TELLER.tell([CAT, COFFEE])
+        ]
 
 
 def test_what_cannot_be_told_is_said_and_the_page_lives_on(open_page, tmp_path):
     from test_space import write_bomb
+
     page = open_page()
     page.get_by_role("button", name="Tell the story").click()
     see(page, "Please choose a photo first")
     (tmp_path / "notes.jpg").write_text("not a photo")
     write_bomb(tmp_path / "bomb.png")
     (tmp_path / "large.jpg").write_bytes(bytes(16_000_000))
-    for name, says in (("notes.jpg", "notes.jpg cannot be read"), ("bomb.png", "pixels"),
-                       ("large.jpg", "exceeds? the maximum allowed size")):
+    for name, says in (
+        ("notes.jpg", "notes.jpg cannot be read"),
+        ("bomb.png", "pixels"),
+        ("large.jpg", "exceeds? the maximum allowed size"),
+    ):
         give(page, tmp_path / name)
         see(page, says)
         page.reload(wait_until="domcontentloaded")
@@ -157,8 +183,10 @@ def test_what_cannot_be_told_is_said_and_the_page_lives_on(open_page, tmp_path):
     open_page.errors[:] = [error for error in open_page.errors if not re.search(known, error)]
 
 
-@pytest.mark.parametrize(("name", "width", "scheme"), [
-    ("wide", 1280, "light"), ("phone", 390, "light"), ("dark", 1280, "dark")])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("wide", 1280, "light"), ("phone", 390, "light"), ("dark", 1280, "dark")],
+)
 def test_it_fits_the_screen(open_page, name, width, scheme):
     page = open_page(width, scheme=scheme)
     give(page, CAT)

@@ -1,4 +1,5 @@
 """A few of the faults of faults.py in each stage; `make faults` tries hundreds."""
+
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,10 +10,16 @@ from faults import Ground, can_mount
 
 FEW = {
     **{f"kill-{stage}-{i}": ("kill", stage) for stage in st.STAGES for i in range(2)},
-    "two-02_vocab": ("two", "02_vocab"), "leftover-01": ("leftover", "01_extract_features"),
-    "full-01": ("full", "01_extract_features"), "full-03": ("full", "03_train_dual_t4"), "read-only-04": ("read_only", "04_evaluate"),
-    "damaged-01": ("damaged", "01_extract_features", "features.npy"), "damaged-02": ("damaged", "02_vocab", "vocab.json"),
-    "damaged-03": ("damaged", "03_train_dual_t4", "model/model.safetensors"), "damaged-manifest": ("damaged", "02_vocab", "manifest.json")}
+    "two-02_vocab": ("two", "02_vocab"),
+    "leftover-01": ("leftover", "01_extract_features"),
+    "full-01": ("full", "01_extract_features"),
+    "full-03": ("full", "03_train_dual_t4"),
+    "read-only-04": ("read_only", "04_evaluate"),
+    "damaged-01": ("damaged", "01_extract_features", "features.npy"),
+    "damaged-02": ("damaged", "02_vocab", "vocab.json"),
+    "damaged-03": ("damaged", "03_train_dual_t4", "model/model.safetensors"),
+    "damaged-manifest": ("damaged", "02_vocab", "manifest.json"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +27,11 @@ def outcomes(tmp_path_factory):
     """Every fault's outcome, two of them being tried at a time."""
     ground, mount = Ground(tmp_path_factory.mktemp("ground")), can_mount()
     with ThreadPoolExecutor(2) as pool:
-        return {name: pool.submit(getattr(ground, kind), *where, random.Random(name)).result
-                for name, (kind, *where) in FEW.items() if mount or kind not in ("full", "read_only")}
+        return {
+            name: pool.submit(getattr(ground, kind), *where, random.Random(name)).result
+            for name, (kind, *where) in FEW.items()
+            if mount or kind not in ("full", "read_only")
+        }
 
 
 @pytest.mark.parametrize("name", FEW)

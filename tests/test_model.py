@@ -1,4 +1,5 @@
 """The decoder and its loss, against plain formulas."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,11 @@ pytestmark = pytest.mark.fast
 
 def captioner(decoder="lstm", vocabulary=50, width=12, **sizes):
     torch.manual_seed(3)
-    small = {"lstm": {"embedding": 8}, "attention": {"embedding": 8, "attention": 12},
-             "transformer": {"layers": 2, "heads": 4, "regions": 9}}
+    small = {
+        "lstm": {"embedding": 8},
+        "attention": {"embedding": 8, "attention": 12},
+        "transformer": {"layers": 2, "heads": 4, "regions": 9},
+    }
     sizes = {"hidden": 16, "dropout": 0.0} | small[decoder] | sizes
     moments = torch.randn(width), torch.rand(width) + 0.5
     return st.Captioner(decoder, width, vocabulary, moments, **sizes).eval()
@@ -26,7 +30,7 @@ def captions(vocabulary=50, batch=6, longest=9):
     words[:, 0] = st.START
     for row, length in enumerate(torch.randint(1, longest, (batch,), generator=generator).tolist()):
         words[row, length + 1] = st.END
-        words[row, length + 2:] = st.PAD
+        words[row, length + 2 :] = st.PAD
     return torch.randn(batch, 9, 12, generator=generator), words
 
 
@@ -45,7 +49,9 @@ def test_stepping_word_by_word_gives_the_logits_of_reading_the_whole_caption(dec
 def test_the_loss_is_cross_entropy_over_real_words_only(smoothing, decoder):
     model, (features, words) = captioner(decoder), captions()
     loss, likelihood = model(features, words, smoothing)
-    logits = model.decoder.output(model.decoder.read(model.standardise(features), words[:, :-1])).flatten(0, 1)
+    logits = model.decoder.output(
+        model.decoder.read(model.standardise(features), words[:, :-1])
+    ).flatten(0, 1)
     plain = {"target": words[:, 1:].flatten(), "ignore_index": st.PAD, "reduction": "sum"}
     torch.testing.assert_close(likelihood, F.cross_entropy(logits, **plain))
     torch.testing.assert_close(loss, F.cross_entropy(logits, label_smoothing=smoothing, **plain))
@@ -54,14 +60,26 @@ def test_the_loss_is_cross_entropy_over_real_words_only(smoothing, decoder):
 @every_decoder
 @pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, False), (0.0, True)])
 def test_the_gradient_is_that_of_cross_entropy(smoothing, weighted, decoder, monkeypatch):
-    monkeypatch.setattr(st._WordLoss, "SLICE", 4)  # so that there are several, and a last one of another size
+    monkeypatch.setattr(
+        st._WordLoss, "SLICE", 4
+    )  # so that there are several, and a last one of another size
     model, (features, words) = captioner(decoder), captions()
     weights = torch.randn(len(words)) if weighted else None
-    ours = torch.autograd.grad(3 * model(features, words, smoothing, weights)[0], list(model.parameters()))
+    ours = torch.autograd.grad(
+        3 * model(features, words, smoothing, weights)[0], list(model.parameters())
+    )
     logits = model.decoder.output(model.decoder.read(model.standardise(features), words[:, :-1]))
-    each = F.cross_entropy(logits.transpose(1, 2), words[:, 1:], label_smoothing=smoothing, ignore_index=st.PAD, reduction="none")
+    each = F.cross_entropy(
+        logits.transpose(1, 2),
+        words[:, 1:],
+        label_smoothing=smoothing,
+        ignore_index=st.PAD,
+        reduction="none",
+    )
     loss = (each if weights is None else each * weights[:, None]).sum()
-    for gradient, plain in zip(ours, torch.autograd.grad(3 * loss, list(model.parameters())), strict=True):
+    for gradient, plain in zip(
+        ours, torch.autograd.grad(3 * loss, list(model.parameters())), strict=True
+    ):
         torch.testing.assert_close(gradient, plain, atol=1e-4, rtol=1e-4)
 
 
@@ -97,12 +115,16 @@ def test_the_photo_becomes_the_first_hidden_state_and_the_cell_starts_at_zero():
 def test_a_pooled_decoder_reads_a_grid_by_averaging_it():
     model = captioner()
     grid = torch.randn(3, 49, 12)
-    torch.testing.assert_close(model.start(grid)["hidden"], model.start(grid.mean(1, keepdim=True))["hidden"])
+    torch.testing.assert_close(
+        model.start(grid)["hidden"], model.start(grid.mean(1, keepdim=True))["hidden"]
+    )
 
 
 def test_the_original_has_eight_and_a_half_million_parameters():
     recipe = st.RECIPES["original"]
-    model = st.Captioner(recipe["decoder"], 2048, 7689, (torch.zeros(2048), torch.ones(2048)), **recipe["sizes"])
+    model = st.Captioner(
+        recipe["decoder"], 2048, 7689, (torch.zeros(2048), torch.ones(2048)), **recipe["sizes"]
+    )
     by_hand = (2048 + 1) * 512 + 7689 * 256 + 4 * 512 * (256 + 512 + 2) + (512 + 1) * 7689
     assert sum(p.numel() for p in model.parameters()) == by_hand == 8_538_889
 
@@ -112,13 +134,21 @@ def test_attention_is_the_softmax_of_additive_scores_written_out():
     decoder, state = model.decoder, model.start(features)
     hidden = torch.randn(len(features), 16)
     context, weights = decoder.look(hidden, state)
-    assert torch.allclose(weights.sum(1), torch.ones(len(features))) and weights.shape == (len(features), 9)
+    assert torch.allclose(weights.sum(1), torch.ones(len(features))) and weights.shape == (
+        len(features),
+        9,
+    )
     for photo in range(len(features)):
-        scores = [decoder.worth(torch.tanh(decoder.key(region) + decoder.query(hidden[photo]))) for region in state["grid"][photo]]
+        scores = [
+            decoder.worth(torch.tanh(decoder.key(region) + decoder.query(hidden[photo])))
+            for region in state["grid"][photo]
+        ]
         by_hand = torch.cat(scores).softmax(0)
         torch.testing.assert_close(weights[photo], by_hand)
         mean = sum(w * region for w, region in zip(by_hand, state["grid"][photo], strict=True))
-        torch.testing.assert_close(context[photo], mean * torch.sigmoid(decoder.gate(hidden[photo])))
+        torch.testing.assert_close(
+            context[photo], mean * torch.sigmoid(decoder.gate(hidden[photo]))
+        )
 
 
 def test_the_attention_decoder_tells_regions_apart_and_the_pooled_one_does_not():
@@ -127,7 +157,10 @@ def test_the_attention_decoder_tells_regions_apart_and_the_pooled_one_does_not()
     same_mean = mixed - mixed.mean(1, keepdim=True) + features.mean(1, keepdim=True)
     for decoder, equal in (("lstm", True), ("attention", False), ("transformer", False)):
         model = captioner(decoder)
-        assert torch.allclose(model(features, words)[0], model(same_mean, words)[0], rtol=1e-5) == equal
+        assert (
+            torch.allclose(model(features, words)[0], model(same_mean, words)[0], rtol=1e-5)
+            == equal
+        )
 
 
 @every_decoder
@@ -143,9 +176,11 @@ def test_what_beam_search_says_a_caption_scores_is_its_likelihood(decoder):
     model, (features, _) = captioner(decoder), captions()
     with torch.no_grad():
         model.decoder.output.weight.mul_(3)
-    found = st.beam_search(model, features, beam_width=4, length_preference=1.0, max_length=7, no_repeat=0)
+    found = st.beam_search(
+        model, features, beam_width=4, length_preference=1.0, max_length=7, no_repeat=0
+    )
     for photo, hypotheses in enumerate(found):
         assert len({tuple(h.ids) for h in hypotheses}) == len(hypotheses) >= 1
         for h in hypotheses:
-            likelihood = model(features[photo:photo + 1], torch.tensor([[st.START, *h.ids]]))[1]
+            likelihood = model(features[photo : photo + 1], torch.tensor([[st.START, *h.ids]]))[1]
             assert h.score == pytest.approx(-float(likelihood) / len(h.ids), rel=1e-4)

@@ -1,4 +1,5 @@
 """The notebooks' form, and that they, the README and the module agree."""
+
 import ast
 import dataclasses
 import re
@@ -32,11 +33,15 @@ def code(cells):
 
 def test_there_is_a_notebook_for_each_stage_and_none_besides():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == list(st.STAGES)
-    assert [set(reads) <= set(list(st.STAGES)[:i]) for i, reads in enumerate(st.STAGES.values())] == [True] * 5
+    assert [
+        set(reads) <= set(list(st.STAGES)[:i]) for i, reads in enumerate(st.STAGES.values())
+    ] == [True] * 5
 
 
 def test_the_readme_lists_the_stages_in_order():
-    rows = re.findall(r"^\| \[?`?(\d\d_\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| \[?`?(\d\d_\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
     assert rows == list(st.STAGES)
 
 
@@ -52,20 +57,26 @@ def test_the_parameters_are_the_settings_with_their_defaults_and_their_help(stag
 
 
 def test_every_parameter_is_handed_to_start(stage, cells):
-    call, = re.findall(r'st\.start\("(\w+)"(.*)\)', code(cells)[1].source, re.S)
+    (call,) = re.findall(r'st\.start\("(\w+)"(.*)\)', code(cells)[1].source, re.S)
     assert call[0] == stage
-    assert re.findall(r"(\w+)=(\w+)", call[1]) == [(f.name,) * 2 for f in dataclasses.fields(st.SETTINGS[stage])]
+    assert re.findall(r"(\w+)=(\w+)", call[1]) == [
+        (f.name,) * 2 for f in dataclasses.fields(st.SETTINGS[stage])
+    ]
 
 
 def test_a_notebook_reads_the_stages_it_depends_on(stage, cells):
     source = "\n".join(cell.source for cell in code(cells))
     named = set(re.findall(r'run\.read\("(\w+)"\)', source)) | (
-        set(st.STAGES[stage]) if f'in st.STAGES["{stage}"]' in source else set())
+        set(st.STAGES[stage]) if f'in st.STAGES["{stage}"]' in source else set()
+    )
     assert named == set(st.STAGES[stage])
 
 
 def test_it_begins_with_what_it_reads_writes_and_takes_and_ends_with_finish(stage, cells):
-    assert cells[0].source.startswith("# ") and "| reads | writes | runs on | takes |" in cells[0].source
+    assert (
+        cells[0].source.startswith("# ")
+        and "| reads | writes | runs on | takes |" in cells[0].source
+    )
     assert "@@" not in cells[0].source and f"outputs/{stage}/" in cells[0].source
     assert "run.finish(" in code(cells)[-1].source and cells[-1] is code(cells)[-1]
 
@@ -81,11 +92,18 @@ def test_stored_outputs_are_there_and_hold_no_error_no_path_and_no_timing(cells)
     for output in (output for cell in code(cells) for output in cell.outputs):
         assert output.output_type != "error" and output.get("name") != "stderr"
         text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
-        assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|kaggle|Users)/|it/s\]|photo/s", text), text
+        assert not re.search(
+            r"(?<![\w.])/(home|root|tmp|usr|kaggle|Users)/|it/s\]|photo/s", text
+        ), text
 
 
 def test_an_unknown_parameter_is_refused(tmp_path):
     shutil.copy(ROOT / "storyteller_utils.py", tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match="has no parameter min_cuont"):
-        papermill.execute_notebook(NOTEBOOKS["02_vocab"], tmp_path / "out.ipynb", {"min_cuont": 3}, progress_bar=False,
-                                   cwd=str(tmp_path))
+        papermill.execute_notebook(
+            NOTEBOOKS["02_vocab"],
+            tmp_path / "out.ipynb",
+            {"min_cuont": 3},
+            progress_bar=False,
+            cwd=str(tmp_path),
+        )

@@ -9,7 +9,11 @@ from storyteller_utils import draw_sample_dataset
 
 
 def digests(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def captions(folder) -> list[list[str]]:
@@ -32,7 +36,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(sample, tm
 def test_the_first_photos_of_a_larger_sample_are_the_smaller_sample(sample, tmp_path):
     smaller = draw_sample_dataset(tmp_path / "smaller", images=7)
     assert digests(smaller / "Images").items() <= digests(sample / "Images").items()
-    assert captions(smaller) == captions(sample)[:1 + 7 * 5]
+    assert captions(smaller) == captions(sample)[: 1 + 7 * 5]
 
 
 def test_every_photo_has_five_captions_of_different_words(sample):
@@ -49,7 +53,9 @@ def test_captions_with_commas_survive_the_csv(sample):
     rows = captions(sample)
     assert {len(row) for row in rows} == {2}
     quoted = [caption for _, caption in rows if "," in caption]
-    assert quoted and all(f'"{caption}"' in (sample / "captions.txt").read_text() for caption in quoted)
+    assert quoted and all(
+        f'"{caption}"' in (sample / "captions.txt").read_text() for caption in quoted
+    )
 
 
 def test_photos_are_jpegs_of_the_size_asked_for(sample, tmp_path):
@@ -58,7 +64,7 @@ def test_photos_are_jpegs_of_the_size_asked_for(sample, tmp_path):
         for path in (folder / "Images").iterdir():
             with Image.open(path) as photo:
                 assert (photo.format, photo.mode, photo.size) == ("JPEG", "RGB", size)
-    assert captions(large) == captions(sample)[:1 + 2 * 5]
+    assert captions(large) == captions(sample)[: 1 + 2 * 5]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -87,10 +93,17 @@ def test_a_folder_that_is_there_already_is_refused_and_left_as_it_was(tmp_path):
 
 def test_every_sprite_and_tone_that_the_tables_name_exists():
     shapes = [shape for sprite in painter._SPRITES.values() for shape in sprite.split()]
-    assert {shape[0] for shape in shapes} <= set("orp") and {shape[1] for shape in shapes} <= {*painter._TONES, *"bdh"}
+    assert {shape[0] for shape in shapes} <= set("orp") and {shape[1] for shape in shapes} <= {
+        *painter._TONES,
+        *"bdh",
+    }
     assert all(len(shape) == 6 for shape in shapes if shape[0] in "or")
     named = " ".join(row[0] for row in painter._SUBJECTS) + " tree ball "
-    named += " ".join([row[3] for row in painter._PLACES.values()] + [row[3] for row in painter._TIMES.values()])
+    named += " ".join(
+        [row[3] for row in painter._PLACES.values()] + [row[3] for row in painter._TIMES.values()]
+    )
     assert set(named.split()) == set(painter._SPRITES)
     for _, colours, places, _ in painter._SUBJECTS:
-        assert set(colours.split()) <= set(painter._TONES) and set(places.split()) <= set(painter._PLACES)
+        assert set(colours.split()) <= set(painter._TONES) and set(places.split()) <= set(
+            painter._PLACES
+        )

@@ -1,4 +1,5 @@
 """The five notebooks by papermill, in an empty folder, on the drawn sample; and a small run on real photos."""
+
 import json
 import os
 import re
@@ -15,7 +16,12 @@ import storyteller_utils as st
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_thisTokenMustShowUpNowhere"
-PAPERMILL = [Path(sys.executable).with_name("papermill"), "--no-progress-bar", "--execution-timeout", "600"]
+PAPERMILL = [
+    Path(sys.executable).with_name("papermill"),
+    "--no-progress-bar",
+    "--execution-timeout",
+    "600",
+]
 
 
 def copy_project(folder):
@@ -27,7 +33,9 @@ def copy_project(folder):
 def papermill(folder, stage, **parameters):
     given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     notebook = f"notebooks/{stage}.ipynb"
-    done = subprocess.run([*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -57,8 +65,18 @@ def test_every_stage_finishes_and_is_built_on_what_was_there(inside):
         assert manifest["reads"] == {name: manifests[name]["edition"] for name in st.STAGES[stage]}
         assert manifest["dataset"]["sample"] and manifest["seconds"] > 0
     assert set(manifests["03_train_dual_t4"]["files"]) >= {
-        "last.pt", "history.csv", "curves.png", "model/config.json", "model/vocab.json", "model/model.safetensors"}
-    assert set(manifests["05_deploy"]["files"]) >= {"space.zip", "space/app.py", "space/storyteller_utils.py"}
+        "last.pt",
+        "history.csv",
+        "curves.png",
+        "model/config.json",
+        "model/vocab.json",
+        "model/model.safetensors",
+    }
+    assert set(manifests["05_deploy"]["files"]) >= {
+        "space.zip",
+        "space/app.py",
+        "space/storyteller_utils.py",
+    }
 
 
 def test_tokens_that_lie_around_show_up_in_nothing_that_the_notebooks_leave(inside):
@@ -66,41 +84,71 @@ def test_tokens_that_lie_around_show_up_in_nothing_that_the_notebooks_leave(insi
     files = [path for path in inside.rglob("*") if path.is_file()]
     assert len(files) > 800 and not [path for path in files if TOKEN.encode() in path.read_bytes()]
     with zipfile.ZipFile("outputs/05_deploy/space.zip") as archive:
-        assert not [name for name in archive.namelist() if ".env" in name or TOKEN.encode() in archive.read(name)]
+        assert not [
+            name
+            for name in archive.namelist()
+            if ".env" in name or TOKEN.encode() in archive.read(name)
+        ]
 
 
 def test_the_same_seed_gives_the_same_features_words_weights_and_captions_again(inside, tmp_path):
     copy_project(tmp_path)
     for stage in list(st.STAGES)[:4]:
         papermill(tmp_path, stage)
-    for name in ("01_extract_features/features.npy", "01_extract_features/images.csv", "02_vocab/captions.csv", "02_vocab/vocab.json",
-                 "03_train_dual_t4/model/model.safetensors", "03_train_dual_t4/told.csv", "04_evaluate/captions.csv"):
-        assert Path("outputs", name).read_bytes() == (tmp_path / "outputs" / name).read_bytes(), name
+    for name in (
+        "01_extract_features/features.npy",
+        "01_extract_features/images.csv",
+        "02_vocab/captions.csv",
+        "02_vocab/vocab.json",
+        "03_train_dual_t4/model/model.safetensors",
+        "03_train_dual_t4/told.csv",
+        "04_evaluate/captions.csv",
+    ):
+        assert Path("outputs", name).read_bytes() == (tmp_path / "outputs" / name).read_bytes(), (
+            name
+        )
 
 
 def test_unseen_scenes_are_captioned_well(inside):
     rows = json.loads(Path("outputs/04_evaluate/scores.json").read_text())["rows"]
-    beam, constant = rows["beam search, width 5"]["BLEU-4"]["value"], rows["constant caption"]["BLEU-4"]["value"]
+    beam, constant = (
+        rows["beam search, width 5"]["BLEU-4"]["value"],
+        rows["constant caption"]["BLEU-4"]["value"],
+    )
     assert beam >= 0.5 and beam >= 2 * constant
     assert rows["beam search, width 5"]["distinct captions"] > 0.5
 
 
 def test_captions_collapse_when_the_features_are_shuffled_among_the_photos(inside):
-    data = st.CaptionData.load(st.find_artifact("01_extract_features").folder, st.find_artifact("02_vocab").folder)
+    data = st.CaptionData.load(
+        st.find_artifact("01_extract_features").folder, st.find_artifact("02_vocab").folder
+    )
     rows, references = data.of("test")
     teller = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")
     features = st.Features("outputs/01_extract_features/features.npy", True, teller.device)
     bleu = {}
     for name, asked in (("own", rows), ("shuffled", np.roll(rows, len(rows) // 2))):
-        told = [teller.vocab.decode(h[0].ids) for h in st.tell_all(teller.captioner, features, asked)]
+        told = [
+            teller.vocab.decode(h[0].ids) for h in st.tell_all(teller.captioner, features, asked)
+        ]
         bleu[name] = st.score_captions(told, references)["BLEU-4"]["value"]
     assert bleu["shuffled"] < bleu["own"] / 2
 
 
 def test_the_score_table_names_the_sample_and_every_row(inside):
     table = Path("outputs/04_evaluate/scores.md").read_text()
-    for part in ("the drawn sample (no real photos), test", "greedy search", "beam search, width 5", "constant caption",
-                 "most similar photo", "people (four references)", *st.METRICS[:4], "ROUGE-L", "CIDEr-D", "recall"):
+    for part in (
+        "the drawn sample (no real photos), test",
+        "greedy search",
+        "beam search, width 5",
+        "constant caption",
+        "most similar photo",
+        "people (four references)",
+        *st.METRICS[:4],
+        "ROUGE-L",
+        "CIDEr-D",
+        "recall",
+    ):
         assert part in table
     assert "drawings, not photos" in Path("outputs/05_deploy/space/model/README.md").read_text()
 
@@ -108,31 +156,67 @@ def test_the_score_table_names_the_sample_and_every_row(inside):
 def test_the_card_that_ships_has_the_test_scores(inside):
     config = json.loads(Path("outputs/05_deploy/space/model/config.json").read_text())
     rows = json.loads(Path("outputs/04_evaluate/scores.json").read_text())["rows"]
-    assert config["scores"] == {metric: rows["beam search, width 5"][metric] for metric in st.METRICS}
-    assert f"| CIDEr-D | {config['scores']['CIDEr-D']['value']:.3f} |" in Path(
-        "outputs/05_deploy/space/model/README.md").read_text()
+    assert config["scores"] == {
+        metric: rows["beam search, width 5"][metric] for metric in st.METRICS
+    }
+    assert (
+        f"| CIDEr-D | {config['scores']['CIDEr-D']['value']:.3f} |"
+        in Path("outputs/05_deploy/space/model/README.md").read_text()
+    )
 
 
 def test_the_readmes_usage_example_runs_as_shown(inside):
-    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
     told = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert re.fullmatch(r"([A-Z][^\n]+\. -\d+\.\d+\n){2}", told.stdout), told.stderr
 
 
 def test_the_terminal_tells_what_the_module_tells(inside):
     photo = next(Path("outputs/sample_dataset/Images").glob("*.jpg"))
-    caption = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell(photo, beam_width=5)[0].caption
-    told = subprocess.run([sys.executable, "storyteller_utils.py", "tell", photo, "--model",
-                           "outputs/03_train_dual_t4/model"], capture_output=True, text=True)
+    caption = (
+        st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")
+        .tell(photo, beam_width=5)[0]
+        .caption
+    )
+    told = subprocess.run(
+        [
+            sys.executable,
+            "storyteller_utils.py",
+            "tell",
+            photo,
+            "--model",
+            "outputs/03_train_dual_t4/model",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert told.stdout.strip() == caption
 
 
 def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folder(inside):
     """nbval runs in notebooks/, as Jupyter and VS Code do; the outputs it compares are those that papermill stored."""
-    before = {stage: st.find_artifact(stage).manifest["edition"] for stage in ("01_extract_features", "02_vocab")}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env",
-                           *(f"notebooks/{stage}.ipynb" for stage in st.STAGES)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ""})
+    before = {
+        stage: st.find_artifact(stage).manifest["edition"]
+        for stage in ("01_extract_features", "02_vocab")
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--nbval-lax",
+            "--nbval-current-env",
+            *(f"notebooks/{stage}.ipynb" for stage in st.STAGES),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert not Path("notebooks/outputs").exists()
     assert before == {stage: st.find_artifact(stage).manifest["edition"] for stage in before}
@@ -141,23 +225,45 @@ def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folde
 def test_the_stored_notebooks_show_what_they_still_print(executed):
     """The checked cells of the committed notebooks, against those that just ran."""
     import nbformat
+
     for stage in st.STAGES:
-        stored, ran = (nbformat.read(root / "notebooks" / f"{stage}.ipynb", 4) for root in (ROOT, executed))
-        ran.cells = [cell for cell in ran.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        stored, ran = (
+            nbformat.read(root / "notebooks" / f"{stage}.ipynb", 4) for root in (ROOT, executed)
+        )
+        ran.cells = [
+            cell for cell in ran.cells if "injected-parameters" not in cell.metadata.get("tags", [])
+        ]
         for one, other in zip(stored.cells, ran.cells, strict=True):
             if "# NBVAL_CHECK_OUTPUT" in one.source:
-                assert [o.get("text", o.get("data")) for o in one.outputs] == [o.get("text", o.get("data")) for o in other.outputs]
+                assert [o.get("text", o.get("data")) for o in one.outputs] == [
+                    o.get("text", o.get("data")) for o in other.outputs
+                ]
 
 
 def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
     """Four hundred photos of Flickr8k, ResNet50, two epochs: far from good, but it looks at the photo."""
     copy_project(tmp_path)
     photos = {"dataset_dir": shared / "flickr8k", "max_photos": 400}
-    papermill(tmp_path, "01_extract_features", backbone="resnet50", backbone_weights=shared / "weights" /
-              "resnet50_stride_in_1x1.safetensors", **photos)
+    papermill(
+        tmp_path,
+        "01_extract_features",
+        backbone="resnet50",
+        backbone_weights=shared / "weights" / "resnet50_stride_in_1x1.safetensors",
+        **photos,
+    )
     papermill(tmp_path, "02_vocab", **photos)
-    papermill(tmp_path, "03_train_dual_t4", dataset_dir=photos["dataset_dir"], epochs=2, batch_size=16, learning_rate=0.002)
+    papermill(
+        tmp_path,
+        "03_train_dual_t4",
+        dataset_dir=photos["dataset_dir"],
+        epochs=2,
+        batch_size=16,
+        learning_rate=0.002,
+    )
     papermill(tmp_path, "04_evaluate", dataset_dir=photos["dataset_dir"])
     rows = json.loads((tmp_path / "outputs/04_evaluate/scores.json").read_text())["rows"]
-    assert rows["beam search, width 5"]["CIDEr-D"]["value"] > rows["constant caption"]["CIDEr-D"]["value"]
+    assert (
+        rows["beam search, width 5"]["CIDEr-D"]["value"]
+        > rows["constant caption"]["CIDEr-D"]["value"]
+    )
     assert (tmp_path / "outputs/03_train_dual_t4/model/backbone.safetensors").stat().st_size > 40e6

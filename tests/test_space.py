@@ -1,4 +1,5 @@
 """Section 12 and space/: the page and its API, the folder that is built, and what reaches the Hub."""
+
 import base64
 import csv
 import dataclasses
@@ -35,6 +36,7 @@ CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jp
 
 def photo(path):
     from gradio_client import handle_file
+
     return handle_file(str(path))
 
 
@@ -53,13 +55,28 @@ def test_the_page_tells_what_the_captioner_tells(client, app):
 def test_every_control_reaches_the_search(client, app, monkeypatch):
     seen = {}
     real = app.TELLER.tell
-    monkeypatch.setattr(app.TELLER, "tell", lambda images, **options: seen.update(options) or real(images, **options))
-    asked = {"method": "sample", "beam_width": 3, "length_preference": 1.1, "temperature": 0.5, "seed": 4}
+    monkeypatch.setattr(
+        app.TELLER,
+        "tell",
+        lambda images, **options: seen.update(options) or real(images, **options),
+    )
+    asked = {
+        "method": "sample",
+        "beam_width": 3,
+        "length_preference": 1.1,
+        "temperature": 0.5,
+        "seed": 4,
+    }
     client.predict(photo(CAT), **asked, api_name="/caption")
     assert seen == asked
     client.predict(photo(CAT), api_name="/caption")
-    assert {**seen, "seed": 0} == {"method": "beam", "beam_width": 5, "length_preference": st.LENGTH_PREFERENCE,
-                                   "temperature": 1, "seed": 0}
+    assert {**seen, "seed": 0} == {
+        "method": "beam",
+        "beam_width": 5,
+        "length_preference": st.LENGTH_PREFERENCE,
+        "temperature": 1,
+        "seed": 0,
+    }
 
 
 def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client, app, tmp_path):
@@ -70,7 +87,11 @@ def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client,
     with open(file, newline="", encoding="utf-8") as opened:
         header, *rows = csv.reader(opened)
     assert header == table["headers"] == ["photo", "caption", "score", "problem"]
-    assert [row[:2] for row in rows] == [["cat.jpg", told[CAT]], ["broken.jpg", ""], ["coffee.jpg", told[COFFEE]]]
+    assert [row[:2] for row in rows] == [
+        ["cat.jpg", told[CAT]],
+        ["broken.jpg", ""],
+        ["coffee.jpg", told[COFFEE]],
+    ]
     assert "broken.jpg" in rows[1][3] and not rows[0][3] and str(tmp_path) not in rows[1][3]
     assert [row[1] for row in table["data"]] == [row[1] for row in rows]
 
@@ -84,11 +105,17 @@ def write_bomb(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("name", "write", "says"), [
-    ("notes.jpg", lambda p: p.write_text("not a photo"), "notes.jpg"),
-    ("empty.png", lambda p: p.write_bytes(b""), "empty.png"),
-    ("bomb.png", write_bomb, "900000000|900,000,000|30000 x 30000")])
-def test_a_file_that_is_no_usable_photo_is_refused_in_words_without_paths(client, tmp_path, name, write, says):
+@pytest.mark.parametrize(
+    ("name", "write", "says"),
+    [
+        ("notes.jpg", lambda p: p.write_text("not a photo"), "notes.jpg"),
+        ("empty.png", lambda p: p.write_bytes(b""), "empty.png"),
+        ("bomb.png", write_bomb, "900000000|900,000,000|30000 x 30000"),
+    ],
+)
+def test_a_file_that_is_no_usable_photo_is_refused_in_words_without_paths(
+    client, tmp_path, name, write, says
+):
     write(tmp_path / name)
     with pytest.raises(Exception, match=says) as refused:
         client.predict(photo(tmp_path / name), api_name="/caption")
@@ -110,17 +137,25 @@ def test_no_photo_too_many_photos_and_too_large_a_file_are_refused(client, app, 
 def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("/home/user/secret")
+
     monkeypatch.setattr(app.TELLER, "tell", fail)
     assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg could not be captioned."]
     assert "/home/user/secret" in capsys.readouterr().err
+
     def refuse(photos):
         raise ValueError(f"{photos[0]} is odd")
+
     monkeypatch.setattr(app.TELLER, "tell", refuse)
     assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg is odd"]
 
 
 def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, address, tmp_path):
-    for path in ("/etc/passwd", str(ROOT / "space/app.py"), str(ROOT / "storyteller_utils.py"), f"{ROOT}/space/../Makefile"):
+    for path in (
+        "/etc/passwd",
+        str(ROOT / "space/app.py"),
+        str(ROOT / "storyteller_utils.py"),
+        f"{ROOT}/space/../Makefile",
+    ):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}gradio_api/file={path}")
         assert refused.value.code in (403, 404) and b"Traceback" not in refused.value.read()
@@ -133,23 +168,34 @@ def test_a_crowd_gets_the_captions_of_a_single_visitor_or_hears_that_the_queue_i
     teller = st.Storyteller.from_pretrained(ROOT / "space/model")
     with page(tmp_path) as (address, process):
         found = storm(address, photos, 6, process.pid)
-    assert not found["errors"] and found["captions"] == {p.name: {teller.tell(p)[0].caption} for p in photos}
+    assert not found["errors"] and found["captions"] == {
+        p.name: {teller.tell(p)[0].caption} for p in photos
+    }
     assert np.mean(found["memory"][-10:]) < 1.2 * np.mean(found["memory"][10:20])
 
 
 def test_curl_captions_as_the_readme_shows(client, address):
-    shown = re.search(r"```bash\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S)[1]
+    shown = re.search(
+        r"```bash\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S
+    )[1]
     shown = shown.replace("http://127.0.0.1:7860", address.rstrip("/"))
-    said = subprocess.run(["bash", "-ec", shown], cwd=ROOT / "space", capture_output=True, text=True, timeout=60).stdout
+    said = subprocess.run(
+        ["bash", "-ec", shown], cwd=ROOT / "space", capture_output=True, text=True, timeout=60
+    ).stdout
     assert client.predict(photo(CAT), api_name="/caption")[0] in said and "event: complete" in said
 
 
 def test_python_captions_as_the_readme_shows(client, address, monkeypatch):
-    shown = re.search(r"```python\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S)[1]
+    shown = re.search(
+        r"```python\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S
+    )[1]
     monkeypatch.chdir(ROOT / "space")
     found = {}
     exec(shown.replace("http://127.0.0.1:7860", address), found)
-    assert found["caption"] == client.predict(photo(CAT), api_name="/caption")[0] and Path(found["csv_file"]).is_file()
+    assert (
+        found["caption"] == client.predict(photo(CAT), api_name="/caption")[0]
+        and Path(found["csv_file"]).is_file()
+    )
 
 
 def test_only_two_endpoints_are_public(client):
@@ -157,11 +203,17 @@ def test_only_two_endpoints_are_public(client):
 
 
 def test_words_light_up_where_the_model_looked(app):
-    told = dataclasses.replace(app.TELLER.tell(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc"))
+    told = dataclasses.replace(
+        app.TELLER.tell(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
+    )
     page = st.attention_page(CAT, told, app.SQUASH)
     assert page.count("<input") == page.count("class='veil'") == 3 and page.count(" checked>") == 1
-    assert "&lt;b&gt;" in page and "<b>" not in page and "http" not in page and len(page) < 1_000_000
-    strip = re.search(r"download='neural-storyteller.jpg' href='data:image/jpeg;base64,(.*?)'", page)[1]
+    assert (
+        "&lt;b&gt;" in page and "<b>" not in page and "http" not in page and len(page) < 1_000_000
+    )
+    strip = re.search(
+        r"download='neural-storyteller.jpg' href='data:image/jpeg;base64,(.*?)'", page
+    )[1]
     assert Image.open(io.BytesIO(base64.b64decode(strip))).width > 300
     no_look = dataclasses.replace(told, attention=None)
     assert "no heat map" in st.attention_page(CAT, no_look)
@@ -176,11 +228,14 @@ def test_a_veil_is_clear_where_the_model_looked_and_dark_elsewhere():
     assert alpha.shape == (35, 70) and alpha[2, 66] < 20 and alpha[30, 5] > 150
 
 
-def test_on_zerogpu_the_batch_gets_the_gpu_and_elsewhere_nothing_changes(load_app, app, monkeypatch):
+def test_on_zerogpu_the_batch_gets_the_gpu_and_elsewhere_nothing_changes(
+    load_app, app, monkeypatch
+):
     lent = []
 
     def lend(task):
         return lambda *given: lent.append(task.__name__) or task(*given)
+
     monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=lend))
     on_zerogpu = load_app()
     one = list(on_zerogpu.attempt_many([str(CAT)], {}))
@@ -206,13 +261,23 @@ def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path)
         if not path.startswith("model/") and "__pycache__" not in path:
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes((ROOT / "space" / path).read_bytes())
-    for stray in (".env", "examples/.env", "__pycache__/app.pyc", "examples/.ipynb_checkpoints/cat.jpg", "last.pt",
-                  "model/model.safetensors", ".gradio/flagged.csv", "examples/.hidden.jpg"):
+    for stray in (
+        ".env",
+        "examples/.env",
+        "__pycache__/app.pyc",
+        "examples/.ipynb_checkpoints/cat.jpg",
+        "last.pt",
+        "model/model.safetensors",
+        ".gradio/flagged.csv",
+        "examples/.hidden.jpg",
+    ):
         (source / stray).parent.mkdir(parents=True, exist_ok=True)
         (source / stray).write_text(TOKEN)
     built = st.build_space(source, tiny_model, tmp_path / "out")
     examples = [p for p in listing(ROOT / "space") if p.startswith("examples/")]
-    model = [f"model/{name}" for name in ("README.md", "config.json", "model.safetensors", "vocab.json")]
+    model = [
+        f"model/{name}" for name in ("README.md", "config.json", "model.safetensors", "vocab.json")
+    ]
     own = ["README.md", "app.py", "requirements.txt", "storyteller_utils.py", "style.css"]
     assert listing(built) == sorted([*own, *examples, *model])
     with zipfile.ZipFile(built.with_name("space.zip")) as archive:
@@ -227,11 +292,15 @@ def test_building_again_gives_the_same_bytes_and_no_leftovers(tiny_model, tmp_pa
     st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
     with zipfile.ZipFile(tmp_path / "space.zip") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert (tmp_path / "space.zip").read_bytes() == packed and "examples/stale.txt" not in listing(first)
+    assert (tmp_path / "space.zip").read_bytes() == packed and "examples/stale.txt" not in listing(
+        first
+    )
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("space", "space.zip")] == []
 
 
-@pytest.mark.parametrize("before", [[], ["storyteller_utils.py"], ["app.py", "README.md", "storyteller_utils.py"]])
+@pytest.mark.parametrize(
+    "before", [[], ["storyteller_utils.py"], ["app.py", "README.md", "storyteller_utils.py"]]
+)
 def test_a_folder_that_is_no_space_is_left_alone(tiny_model, tmp_path, before):
     for name in ["thesis.txt", *before]:
         (tmp_path / name).write_text("years of work")
@@ -248,8 +317,12 @@ def test_a_missing_or_unfit_model_is_refused_before_anything_is_written(tiny_mod
     with pytest.raises(st.ArtifactError, match="model.safetensors"):
         st.build_space(ROOT / "space", model, tmp_path / "out")
     (model / "model.safetensors").write_bytes(b"")
-    st.write_json(model / "config.json", {**st.read_json(tiny_model / "config.json"), "backbone": "resnet50"})
-    with pytest.raises(st.ArtifactError, match="backbone.safetensors"):  # resnet50's weights come from no package
+    st.write_json(
+        model / "config.json", {**st.read_json(tiny_model / "config.json"), "backbone": "resnet50"}
+    )
+    with pytest.raises(
+        st.ArtifactError, match="backbone.safetensors"
+    ):  # resnet50's weights come from no package
         st.build_space(ROOT / "space", model, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "space.zip").exists()
 
@@ -263,14 +336,20 @@ def test_the_test_scores_go_into_the_copy_that_ships(tiny_model, tmp_path):
     assert (tiny_model / "README.md").read_bytes() == before
 
 
-@pytest.mark.parametrize("backbone, package", [("timm/resnet18", "timm"), ("clip/some/vit", "transformers"),
-                                               ("torchvision/resnet18", "")])
+@pytest.mark.parametrize(
+    "backbone, package",
+    [("timm/resnet18", "timm"), ("clip/some/vit", "transformers"), ("torchvision/resnet18", "")],
+)
 def test_a_space_asks_for_the_package_of_its_backbone(tiny_model, tmp_path, backbone, package):
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    st.write_json(model / "config.json", {**st.read_json(model / "config.json"), "backbone": backbone})
+    st.write_json(
+        model / "config.json", {**st.read_json(model / "config.json"), "backbone": backbone}
+    )
     (model / "backbone.safetensors").write_bytes(b"some weights")
     built = st.build_space(ROOT / "space", model, tmp_path / "space")
-    own, asked = ((folder / "requirements.txt").read_text().split("\n") for folder in (ROOT / "space", built))
+    own, asked = (
+        (folder / "requirements.txt").read_text().split("\n") for folder in (ROOT / "space", built)
+    )
     assert asked == (own if not package else [*own[:-1], package, ""])
 
 
@@ -281,13 +360,17 @@ def test_the_front_matter_is_what_the_hub_reads():
     colours = "red yellow green blue indigo purple pink gray".split()
     assert head["colorFrom"] in colours and head["colorTo"] in colours
     # Unquoted, a version is a number to YAML: 3.10 would be 3.1.
-    assert all(isinstance(head[key], str) for key in ("title", "emoji", "sdk_version", "python_version"))
+    assert all(
+        isinstance(head[key], str) for key in ("title", "emoji", "sdk_version", "python_version")
+    )
     assert head["sdk_version"].startswith("6.") and 0 < len(head["short_description"]) <= 60
 
 
 def test_requirements_name_no_gradio_and_every_example_has_a_licence():
     required = (ROOT / "space/requirements.txt").read_text().lower()
-    assert not re.search(r"^(gradio|spaces)\b", required, re.M) and {"torch", "torchvision"} <= set(required.split())
+    assert not re.search(r"^(gradio|spaces)\b", required, re.M) and {"torch", "torchvision"} <= set(
+        required.split()
+    )
     licences = (ROOT / "space/examples/README.md").read_text(encoding="utf-8")
     photos = [p for p in (ROOT / "space/examples").iterdir() if p.suffix == ".jpg"]
     assert len(photos) >= 4 and all(f"`{p.name}`" in licences for p in photos)
@@ -336,6 +419,7 @@ def test_a_space_that_does_not_start_fails_with_its_own_log(space, tmp_path):
 def hub(monkeypatch, tmp_path):
     """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""
     from huggingface_hub import constants
+
     hub = LocalHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -352,7 +436,9 @@ def digests(files):
 
 
 def on_disk(folder):
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)}
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)
+    }
 
 
 def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
@@ -365,7 +451,11 @@ def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
     assert digests(repo["files"]) == on_disk(space)
     assert private(repo) and repo["sdk"] == "gradio"
     assert hub.calls.count("commit") == 1  # all of it or nothing
-    assert pushed == {"address": f"{hub.address}/spaces/me/teller", "commit": "1" * 40, "hardware": "cpu-basic"}
+    assert pushed == {
+        "address": f"{hub.address}/spaces/me/teller",
+        "commit": "1" * 40,
+        "hardware": "cpu-basic",
+    }
     assert json.loads(space.with_name("pushed.json").read_text()) == pushed
     said = capsys.readouterr()
     assert pushed["address"] in said.out and TOKEN not in said.out + said.err
@@ -386,7 +476,10 @@ def test_a_space_may_be_pushed_from_within(hub, space, monkeypatch):
 def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
     st.push_space(space, "me/teller", token=TOKEN, private=False)
     repo = hub.repos["space", "me/teller"]
-    repo["files"] |= {"model/backbone.safetensors": b"of the captioner before", "notes.md": b"the owner's own"}
+    repo["files"] |= {
+        "model/backbone.safetensors": b"of the captioner before",
+        "notes.md": b"the owner's own",
+    }
     hub.failures = {"create": [(402, "pay")]}  # updating stays free
     capsys.readouterr()
     st.push_space(space, "me/teller", token=TOKEN)
@@ -399,28 +492,46 @@ def test_a_free_account_gets_zerogpu_else_a_zip(hub, space, capsys):
     paid = (402, "hosting Gradio and Docker Spaces on free cpu-basic requires a PRO subscription")
     hub.failures = {"create": [paid]}
     assert st.push_space(space, "me/free", token=TOKEN)["hardware"] == "zero-a10g"
-    assert hub.repos["space", "me/free"]["hardware"] == "zero-a10g" and "Trying ZeroGPU" in capsys.readouterr().out
+    assert (
+        hub.repos["space", "me/free"]["hardware"] == "zero-a10g"
+        and "Trying ZeroGPU" in capsys.readouterr().out
+    )
     space.with_name("pushed.json").unlink()
     hub.failures = {"create": [paid], "create zero-a10g": [paid]}
     pushed = st.push_space(space, "me/none", token=TOKEN)
-    assert pushed == {"address": None, "zip": str(space.with_name("space.zip"))} and zipfile.is_zipfile(pushed["zip"])
+    assert pushed == {
+        "address": None,
+        "zip": str(space.with_name("space.zip")),
+    } and zipfile.is_zipfile(pushed["zip"])
     assert not space.with_name("pushed.json").exists() and ("space", "me/none") not in hub.repos
     assert "Nothing was published" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("place", "failure", "advice"), [
-    ("create", (401, f"Invalid credentials {TOKEN}"), "make a new one"),
-    ("create", (403, "You don't have the rights to create a space under the namespace"), "below your own account"),
-    ("commit", (403, "Private repository storage limit reached"), "storage there is full"),
-    ("commit", (429, "Too many requests"), "try again in an hour"),
-    ("commit", (409, "A commit has happened since"), "changed at the same moment")])
-def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(hub, space, capsys, place, failure, advice):
+@pytest.mark.parametrize(
+    ("place", "failure", "advice"),
+    [
+        ("create", (401, f"Invalid credentials {TOKEN}"), "make a new one"),
+        (
+            "create",
+            (403, "You don't have the rights to create a space under the namespace"),
+            "below your own account",
+        ),
+        ("commit", (403, "Private repository storage limit reached"), "storage there is full"),
+        ("commit", (429, "Too many requests"), "try again in an hour"),
+        ("commit", (409, "A commit has happened since"), "changed at the same moment"),
+    ],
+)
+def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(
+    hub, space, capsys, place, failure, advice
+):
     space.with_name("pushed.json").unlink(missing_ok=True)
     hub.failures = {place: [failure] * 9}
     with pytest.raises(st.ArtifactError, match=advice) as refused:
         st.push_space(space, "me/teller", token=TOKEN)
     assert str(failure[0]) in str(refused.value)
-    assert refused.value.__cause__ is None and refused.value.__suppress_context__  # no traceback shows the answer
+    assert (
+        refused.value.__cause__ is None and refused.value.__suppress_context__
+    )  # no traceback shows the answer
     said = capsys.readouterr()
     assert TOKEN not in str(refused.value) + said.out + said.err
     assert not hub.repos.get(("space", "me/teller"), {}).get("files")
@@ -428,14 +539,21 @@ def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(hub, space
 
 
 def test_another_space_of_that_name_is_not_overwritten(hub, space):
-    hub.repos["space", "me/other"] = {"files": {"app.py": b"somebody's work", ".gitattributes": b""}}
+    hub.repos["space", "me/other"] = {
+        "files": {"app.py": b"somebody's work", ".gitattributes": b""}
+    }
     with pytest.raises(st.ArtifactError, match="is taken"):
         st.push_space(space, "me/other", token=TOKEN)
     assert set(hub.repos["space", "me/other"]["files"]) == {"app.py", ".gitattributes"}
 
 
 def test_a_dropped_connection_is_tried_again_and_publishes_nothing_by_halves(hub, space, capsys):
-    hub.failures = {"info": ["drop"], "create": ["drop"], "upload": ["drop"], "commit": ["drop", (503, "busy")]}
+    hub.failures = {
+        "info": ["drop"],
+        "create": ["drop"],
+        "upload": ["drop"],
+        "commit": ["drop", (503, "busy")],
+    }
     st.push_space(space, "me/shaky", token=TOKEN)
     assert digests(hub.repos["space", "me/shaky"]["files"]) == on_disk(space)
     assert "Trying again" in capsys.readouterr().out
@@ -459,7 +577,10 @@ def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
     for name in listing(tiny_model):
         (model / name).write_bytes((tiny_model / name).read_bytes())
     scores = {"BLEU-4": {"value": 0.22222, "low": 0.2, "high": 0.24}}
-    config = st.read_json(model / "config.json") | {"scores": scores, "scored_on": "the test photos"}
+    config = st.read_json(model / "config.json") | {
+        "scores": scores,
+        "scored_on": "the test photos",
+    }
     st.write_json(model / "config.json", config)
     (model / ".env").write_text(TOKEN)
     st.push_model(model, "me/captioner", token=TOKEN)
@@ -468,25 +589,39 @@ def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
     assert private(repo) and sorted(repo["files"]) == ["README.md", *same]
     assert all(digests(repo["files"])[name] == on_disk(model)[name] for name in same)
     import yaml
+
     head = yaml.safe_load(repo["files"]["README.md"].decode().split("---")[1])
     assert head["pipeline_tag"] == "image-to-text"
-    assert head["model-index"][0]["results"][0]["metrics"][0] == {"type": "bleu-4", "value": 0.2222, "name": "BLEU-4"}
+    assert head["model-index"][0]["results"][0]["metrics"][0] == {
+        "type": "bleu-4",
+        "value": 0.2222,
+        "name": "BLEU-4",
+    }
     loaded = st.Storyteller.from_pretrained("me/captioner")
-    assert loaded.tell(CAT)[0].caption == st.Storyteller.from_pretrained(tiny_model).tell(CAT)[0].caption
+    assert (
+        loaded.tell(CAT)[0].caption
+        == st.Storyteller.from_pretrained(tiny_model).tell(CAT)[0].caption
+    )
 
 
 def test_a_token_comes_from_kaggle_then_from_the_login_then_from_a_person(monkeypatch):
     import getpass
 
     import huggingface_hub
+
     class Secrets:
         def get_secret(self, label):
             return {"HF_TOKEN": "from kaggle\n"}[label]
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=Secrets))
+
+    monkeypatch.setitem(
+        sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=Secrets)
+    )
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "from login")
     assert st.find_token() == "from kaggle"
+
     def not_attached(*_):
         raise ConnectionError("no internet")
+
     monkeypatch.setattr(Secrets, "get_secret", not_attached)
     assert st.find_token() == "from login"
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
@@ -502,18 +637,32 @@ def test_a_token_comes_from_kaggle_then_from_the_login_then_from_a_person(monkey
 def test_an_unwatched_notebook_gets_one_message_and_keeps_no_token(hub, space, tmp_path):
     """Executed as papermill does: nobody can be asked; and a token that there is appears nowhere in what is stored."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    cells = [nbformat.v4.new_code_cell(source) for source in (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport storyteller_utils as st",
-        "try:\n    st.find_token()\nexcept st.ArtifactError as error:\n    print(error)",
-        f"import os; os.environ['HF_TOKEN'] = open({str(tmp_path / 'token')!r}).read()",
-        f"print(st.push_space({str(space)!r}, 'me/notebook'))",
-        f"st.push_space({str(space)!r}, 'me/refused')")]
+    cells = [
+        nbformat.v4.new_code_cell(source)
+        for source in (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport storyteller_utils as st",
+            "try:\n    st.find_token()\nexcept st.ArtifactError as error:\n    print(error)",
+            f"import os; os.environ['HF_TOKEN'] = open({str(tmp_path / 'token')!r}).read()",
+            f"print(st.push_space({str(space)!r}, 'me/notebook'))",
+            f"st.push_space({str(space)!r}, 'me/refused')",
+        )
+    ]
     (tmp_path / "token").write_text(TOKEN)
     hub.failures = {"create": [None, (401, f"no such token: {TOKEN}")]}
     notebook = nbformat.v4.new_notebook(cells=cells)
-    offline = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    offline = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     env = {k: v for k, v in os.environ.items() if not k.endswith("TOKEN")} | offline
-    nbclient.NotebookClient(notebook, timeout=60, allow_errors=True, kernel_name="python3").execute(env=env)
+    nbclient.NotebookClient(notebook, timeout=60, allow_errors=True, kernel_name="python3").execute(
+        env=env
+    )
     stored = nbformat.writes(notebook)
-    assert "There is no Hugging Face token" in stored and "spaces/me/notebook" in stored and "make a new one" in stored
+    assert (
+        "There is no Hugging Face token" in stored
+        and "spaces/me/notebook" in stored
+        and "make a new one" in stored
+    )
     assert TOKEN not in stored

@@ -1,4 +1,5 @@
 """Stages, manifests, settings, the worker's launch, precision, and what importing the module costs."""
+
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ pytestmark = pytest.mark.fast
 
 FEATURES, VOCAB, TRAIN, EVALUATE, DEPLOY = st.STAGES
 
+
 @pytest.fixture
 def data(here, drawn) -> str:
     return str(shutil.copytree(drawn, here / "data"))
+
 
 def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **settings) -> dict:
     """Run a stage that leaves two files, and return its manifest."""
@@ -30,7 +33,9 @@ def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **set
     run.finish(rows=1)
     return json.loads((run.out / "manifest.json").read_text())
 
+
 # What finish writes
+
 
 def test_a_stage_is_finished_by_its_manifest_alone(here, data):
     run = st.start(VOCAB, dataset_dir=data)
@@ -39,7 +44,11 @@ def test_a_stage_is_finished_by_its_manifest_alone(here, data):
         st.find_artifact(VOCAB)
     run.finish(rows=3)
     artifact = st.find_artifact(VOCAB)
-    assert artifact.manifest["facts"] == {"rows": 3} and (artifact / "table.csv").read_text() == "one\n"
+    assert (
+        artifact.manifest["facts"] == {"rows": 3}
+        and (artifact / "table.csv").read_text() == "one\n"
+    )
+
 
 def test_the_manifest_is_written_last_and_whole(here, data, monkeypatch):
     run = st.start(VOCAB, dataset_dir=data)
@@ -47,6 +56,7 @@ def test_the_manifest_is_written_last_and_whole(here, data, monkeypatch):
 
     def refuse(*paths):
         raise OSError("disk full")
+
     with monkeypatch.context() as broken:
         broken.setattr(os, "replace", refuse)
         broken.setattr(os, "rename", refuse)
@@ -54,12 +64,24 @@ def test_the_manifest_is_written_last_and_whole(here, data, monkeypatch):
             run.finish()
     assert [path.name for path in run.out.iterdir()] == ["table.csv"]
 
+
 def test_the_manifest_lists_every_file_with_its_size_and_sha256(here, data):
     manifest = finished(VOCAB, data)
-    listed = subprocess.run(["sha256sum", "table.csv", "model/words.json"], cwd=here / "outputs" / VOCAB,
-                            capture_output=True, text=True, check=True).stdout.split()
-    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == dict(zip(listed[1::2], listed[::2]))
-    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {"table.csv": 4, "model/words.json": 2}
+    listed = subprocess.run(
+        ["sha256sum", "table.csv", "model/words.json"],
+        cwd=here / "outputs" / VOCAB,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == dict(
+        zip(listed[1::2], listed[::2])
+    )
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        "table.csv": 4,
+        "model/words.json": 2,
+    }
+
 
 def test_hidden_leftovers_are_no_part_of_an_artifact(here, data):
     run = st.start(VOCAB, dataset_dir=data)
@@ -69,6 +91,7 @@ def test_hidden_leftovers_are_no_part_of_an_artifact(here, data):
     (run.out / ".DS_Store").unlink()
     assert set(st.find_artifact(VOCAB).manifest["files"]) == {"table.csv"}
 
+
 def test_finishing_twice_leaves_a_valid_artifact(here, data):
     run = st.start(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
@@ -77,20 +100,24 @@ def test_finishing_twice_leaves_a_valid_artifact(here, data):
     run.finish()  # someone ran the notebook's last cells again
     assert set(st.find_artifact(VOCAB).manifest["files"]) == {"table.csv"}
 
+
 def test_the_same_bytes_are_the_same_edition_wherever_the_dataset_lies(here, data):
     first = finished(VOCAB, data)
     shutil.copytree(data, here / "moved" / "photos")
     moved = finished(VOCAB, str(here / "moved" / "photos"))
     assert moved["edition"] == first["edition"] and moved["settings"] != first["settings"]
 
+
 @pytest.mark.parametrize("change", [{"text": "two\n"}, {"seed": 14}, {"min_count": 2}])
 def test_other_bytes_or_settings_are_another_edition(here, data, change):
     assert finished(VOCAB, data)["edition"] != finished(VOCAB, data, **change)["edition"]
+
 
 def test_another_dataset_is_another_edition(here, data):
     first = finished(VOCAB, data)["edition"]
     Path(data, "Images/scene_0001.jpg").unlink()
     assert finished(VOCAB, data)["edition"] != first
+
 
 def test_restarting_a_stage_makes_it_unfinished(here, data):
     finished(VOCAB, data)
@@ -99,24 +126,34 @@ def test_restarting_a_stage_makes_it_unfinished(here, data):
     with pytest.raises(st.ArtifactError, match=f"No finished {VOCAB}"):
         st.find_artifact(VOCAB)
 
+
 def test_settings_that_are_refused_leave_the_finished_stage_alone(here, data):
     finished(VOCAB, data)
     with pytest.raises(ValueError):
         st.start(VOCAB, dataset_dir=data, min_count=0)
     st.find_artifact(VOCAB)
 
+
 def test_what_finish_prints_names_the_files_and_the_next_notebook(here, data, capsys):
     finished(VOCAB, data)
-    assert capsys.readouterr().out.endswith("02_vocab now holds model, table.csv.\nNext: 03_train_dual_t4.ipynb.\n")
+    assert capsys.readouterr().out.endswith(
+        "02_vocab now holds model, table.csv.\nNext: 03_train_dual_t4.ipynb.\n"
+    )
+
 
 # What a later stage refuses
+
 
 def test_an_artifact_of_another_dataset_is_refused(here, data, drawn):
     finished(VOCAB, data)
     Path(data, "Images/scene_0001.jpg").unlink()
     run = st.start(TRAIN, dataset_dir=data)
-    with pytest.raises(st.ArtifactError, match=rf"(?s){VOCAB} was made from .*24 photos.*23 photos.*Run {VOCAB}\.ipynb again"):
+    with pytest.raises(
+        st.ArtifactError,
+        match=rf"(?s){VOCAB} was made from .*24 photos.*23 photos.*Run {VOCAB}\.ipynb again",
+    ):
         run.read(VOCAB)
+
 
 def test_an_artifact_built_on_another_edition_is_refused(here, data):
     finished(FEATURES, data)
@@ -129,8 +166,12 @@ def test_an_artifact_built_on_another_edition_is_refused(here, data):
     run = st.start(EVALUATE, dataset_dir=data)
     run.read(FEATURES)
     run.read(VOCAB)
-    with pytest.raises(st.ArtifactError, match=rf"{TRAIN} was built on another edition of {VOCAB} .*Run {TRAIN}\.ipynb again"):
+    with pytest.raises(
+        st.ArtifactError,
+        match=rf"{TRAIN} was built on another edition of {VOCAB} .*Run {TRAIN}\.ipynb again",
+    ):
         run.read(TRAIN)
+
 
 def test_the_order_of_reading_does_not_matter_to_the_refusal(here, data):
     finished(FEATURES, data)
@@ -138,8 +179,11 @@ def test_the_order_of_reading_does_not_matter_to_the_refusal(here, data):
     finished(FEATURES, data, text="two\n")
     run = st.start(EVALUATE, dataset_dir=data)
     run.read(TRAIN)
-    with pytest.raises(st.ArtifactError, match=rf"{TRAIN} was built on another edition of {FEATURES}"):
+    with pytest.raises(
+        st.ArtifactError, match=rf"{TRAIN} was built on another edition of {FEATURES}"
+    ):
         run.read(FEATURES)
+
 
 def test_05_refuses_a_score_of_another_model(here, data):
     finished(TRAIN, data)
@@ -150,15 +194,20 @@ def test_05_refuses_a_score_of_another_model(here, data):
     with pytest.raises(st.ArtifactError, match=rf"Run {EVALUATE}\.ipynb again"):
         run.read(EVALUATE)
 
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
+
 
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[1] ^= 1
     path.write_bytes(data)
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink], ids=["truncated", "flipped", "removed"])
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _flip, Path.unlink], ids=["truncated", "flipped", "removed"]
+)
 @pytest.mark.parametrize("name", ["table.csv", "model/words.json"])
 def test_a_damaged_file_is_refused_by_name_with_the_stage_to_run(here, data, damage, name):
     finished(VOCAB, data)
@@ -167,6 +216,7 @@ def test_a_damaged_file_is_refused_by_name_with_the_stage_to_run(here, data, dam
     with pytest.raises(st.ArtifactError, match=rf"{VOCAB}/{name} .*Run {VOCAB}\.ipynb again"):
         run.read(VOCAB)
 
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "01_extract_features"}'])
 def test_a_broken_manifest_is_refused_by_name(here, data, text):
     finished(VOCAB, data)
@@ -174,19 +224,25 @@ def test_a_broken_manifest_is_refused_by_name(here, data, text):
     with pytest.raises(st.ArtifactError, match=f"{VOCAB}/manifest.json"):
         st.find_artifact(VOCAB)
 
+
 # Kaggle's inputs
+
 
 def mount(here, data, where: str) -> Path:
     """Leave what 02 makes in a folder below Kaggle's inputs, as another notebook's output."""
     finished(VOCAB, data)
     return Path(shutil.move(here / "outputs", here / "input" / where / "outputs")) / VOCAB
 
+
 @pytest.mark.parametrize("where", ["vocab", "notebooks/me/vocab", "a/b/c/d/e"])
-def test_an_earlier_output_is_found_at_any_depth_below_kaggles_inputs(here, data, monkeypatch, where):
+def test_an_earlier_output_is_found_at_any_depth_below_kaggles_inputs(
+    here, data, monkeypatch, where
+):
     folder = mount(here, data, where)
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
     run = st.start(TRAIN, dataset_dir=data)
     assert run.read(VOCAB).folder.resolve() == folder.resolve()
+
 
 def test_several_outputs_of_a_stage_are_listed_and_none_is_chosen(here, data, monkeypatch):
     folders = [mount(here, data, "one"), mount(here, data, "notebooks/me/two")]
@@ -195,11 +251,16 @@ def test_several_outputs_of_a_stage_are_listed_and_none_is_chosen(here, data, mo
         st.find_artifact(VOCAB)
     assert all(str(folder) in str(error.value) for folder in folders)
 
+
 def test_no_output_of_a_stage_says_where_it_was_looked_for_and_what_to_run(here, data, monkeypatch):
     (here / "input/some-dataset").mkdir(parents=True)
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
-    with pytest.raises(st.ArtifactError, match=f"(?s)No finished {VOCAB} in outputs or under {here}/input.*Run {VOCAB}.ipynb"):
+    with pytest.raises(
+        st.ArtifactError,
+        match=f"(?s)No finished {VOCAB} in outputs or under {here}/input.*Run {VOCAB}.ipynb",
+    ):
         st.find_artifact(VOCAB)
+
 
 def test_this_sessions_own_output_goes_before_an_attached_one(here, data, monkeypatch):
     mount(here, data, "old")
@@ -207,7 +268,9 @@ def test_this_sessions_own_output_goes_before_an_attached_one(here, data, monkey
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
     assert st.find_artifact(VOCAB).manifest["edition"] == manifest["edition"]
 
+
 # start
+
 
 def test_inside_notebooks_a_stage_works_in_the_parent(here, data, monkeypatch):
     (here / "notebooks").mkdir()
@@ -216,35 +279,67 @@ def test_inside_notebooks_a_stage_works_in_the_parent(here, data, monkeypatch):
     st.start(VOCAB, dataset_dir="data")
     assert Path.cwd() == here and (here / "outputs" / VOCAB).is_dir()
 
+
 def test_a_folder_called_notebooks_of_another_project_is_left_alone(here, data, monkeypatch):
     (here / "notebooks").mkdir()
     monkeypatch.chdir(here / "notebooks")
     st.start(VOCAB, dataset_dir=data)
     assert Path.cwd() == here / "notebooks" and (here / "notebooks/outputs" / VOCAB).is_dir()
 
+
 def test_the_backbone_follows_from_the_dataset(here, data, monkeypatch):
     assert st.start(FEATURES, dataset_dir=data).settings.backbone == "resnet50"
-    assert st.start(FEATURES, dataset_dir=data, backbone="efficientnet_lite0").settings.backbone == "efficientnet_lite0"
+    assert (
+        st.start(FEATURES, dataset_dir=data, backbone="efficientnet_lite0").settings.backbone
+        == "efficientnet_lite0"
+    )
     monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
     assert st.start(FEATURES).settings.backbone == "efficientnet_lite0"
 
+
 # Settings
 
-@pytest.mark.parametrize("stage, setting, value", [
-    (FEATURES, "regions", 7), (FEATURES, "regions", "1"), (FEATURES, "backbone", "resnet18"), (FEATURES, "batch_size", 0),
-    (FEATURES, "preprocessing", "stretch"), (FEATURES, "max_photos", -1), (FEATURES, "precision", "int8"),
-    (FEATURES, "batch_size", 2.5), (FEATURES, "batch_size", True), (FEATURES, "dataset_dir", None),
-    (FEATURES, "dataset_dir", Path("data")), (VOCAB, "min_count", 0), (VOCAB, "seed", "13"),
-    (TRAIN, "recipe", "bset"), (TRAIN, "learning_rate", 2), (TRAIN, "learning_rate", float("nan")), (TRAIN, "epochs", -1),
-    (TRAIN, "dropout", 1.0), (TRAIN, "accumulate", 0), (TRAIN, "select_by", "bleu"),
-    (EVALUATE, "split", "dev"), (EVALUATE, "beam_width", 0), (EVALUATE, "length_preference", -1.0),
-    (DEPLOY, "space_id", "just-a-name"), (DEPLOY, "private", "maybe"), (DEPLOY, "private", True)])
-def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, monkeypatch, stage, setting, value):
+
+@pytest.mark.parametrize(
+    "stage, setting, value",
+    [
+        (FEATURES, "regions", 7),
+        (FEATURES, "regions", "1"),
+        (FEATURES, "backbone", "resnet18"),
+        (FEATURES, "batch_size", 0),
+        (FEATURES, "preprocessing", "stretch"),
+        (FEATURES, "max_photos", -1),
+        (FEATURES, "precision", "int8"),
+        (FEATURES, "batch_size", 2.5),
+        (FEATURES, "batch_size", True),
+        (FEATURES, "dataset_dir", None),
+        (FEATURES, "dataset_dir", Path("data")),
+        (VOCAB, "min_count", 0),
+        (VOCAB, "seed", "13"),
+        (TRAIN, "recipe", "bset"),
+        (TRAIN, "learning_rate", 2),
+        (TRAIN, "learning_rate", float("nan")),
+        (TRAIN, "epochs", -1),
+        (TRAIN, "dropout", 1.0),
+        (TRAIN, "accumulate", 0),
+        (TRAIN, "select_by", "bleu"),
+        (EVALUATE, "split", "dev"),
+        (EVALUATE, "beam_width", 0),
+        (EVALUATE, "length_preference", -1.0),
+        (DEPLOY, "space_id", "just-a-name"),
+        (DEPLOY, "private", "maybe"),
+        (DEPLOY, "private", True),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named_with_its_value(
+    here, monkeypatch, stage, setting, value
+):
     monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)  # where it fails, it shall fail soon
     with pytest.raises(ValueError) as error:
         st.start(stage, **{setting: value})
     assert setting in str(error.value) and repr(value) in str(error.value)
     assert not (here / "outputs").exists()
+
 
 @pytest.mark.parametrize("stage", st.STAGES)
 def test_an_unknown_setting_is_refused_by_its_name(here, monkeypatch, stage):
@@ -252,13 +347,16 @@ def test_an_unknown_setting_is_refused_by_its_name(here, monkeypatch, stage):
     with pytest.raises((ValueError, TypeError), match="bacth_size"):
         st.start(stage, bacth_size=3)
 
+
 @pytest.mark.parametrize("stage", st.STAGES)
 def test_every_stage_has_settings_whose_defaults_are_allowed(stage):
     settings = st.SETTINGS[stage]()
     with pytest.raises(AttributeError):
         settings.seed = 1
 
+
 # Writing
+
 
 def test_a_file_is_replaced_whole_or_not_at_all(here):
     st.write_text("note.txt", "old")
@@ -269,6 +367,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(here):
     st.write_text("note.txt", "new")
     assert Path("note.txt").read_text() == "new" and os.listdir() == ["note.txt"]
 
+
 def test_a_folder_is_replaced_whole_or_not_at_all(here):
     def write(text, fail=False):
         with st.replacing("model") as temporary:
@@ -276,6 +375,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(here):
             (temporary / text).write_text(text)
             if fail:
                 raise RuntimeError("stopped")
+
     write("old")
     with pytest.raises(RuntimeError, match="stopped"):
         write("half", fail=True)
@@ -283,51 +383,88 @@ def test_a_folder_is_replaced_whole_or_not_at_all(here):
     write("new")
     assert os.listdir() == ["model"] and os.listdir("model") == ["new"]
 
+
 # Workers
 
+
 def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
-    run = st.start(FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights=str(here / "gone.safetensors"))
+    run = st.start(
+        FEATURES,
+        dataset_dir=data,
+        backbone="resnet50",
+        backbone_weights=str(here / "gone.safetensors"),
+    )
     with pytest.raises(st.ArtifactError, match="gone.safetensors holds no weights") as error:
         st.launch("extract", run)
     assert "Traceback" not in str(error.value)
     assert [path.name for path in run.out.iterdir()] == [".job.json"], "the failure was left behind"
 
+
 def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
-    run = st.start(FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights="IMAGENET1K_V9")
+    run = st.start(
+        FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights="IMAGENET1K_V9"
+    )
     with pytest.raises(ValueError, match="IMAGENET1K_V9.*IMAGENET1K_V2"):
         st.launch("extract", run)
 
+
 # Precision
 
-@pytest.mark.parametrize("device, capability, flags, override, expected", [
-    ("cuda", (7, 5), "", "auto", torch.float16),  # T4
-    ("cuda", (7, 0), "", "auto", torch.float16),  # V100
-    ("cuda", (6, 0), "", "auto", torch.float32),  # P100
-    ("cuda", (8, 0), "", "auto", torch.bfloat16),  # A100
-    ("cuda", (8, 9), "", "auto", torch.bfloat16),  # L4
-    ("cuda", (10, 0), "", "auto", torch.bfloat16),  # B200
-    ("cuda", (7, 5), "flags : avx512_bf16 amx_bf16", "auto", torch.float16),  # the processor's flags are not the GPU's
-    ("cuda", (6, 0), "flags : avx512_bf16 amx_bf16", "auto", torch.float32),
-    ("cpu", (0, 0), "flags : fpu avx2", "auto", torch.float32),
-    ("cpu", (0, 0), "flags : fpu avx512_bf16", "auto", torch.bfloat16),
-    ("cpu", (0, 0), "flags : amx_bf16 fpu", "auto", torch.bfloat16),
-    ("cpu", (0, 0), "Features : fp asimd bf16", "auto", torch.bfloat16),  # ARM
-    ("cpu", (0, 0), "flags : no_avx512_bf16x", "auto", torch.float32),
-    ("cpu", (9, 0), "", "auto", torch.float32),
-    ("cuda", (9, 0), "", "float32", torch.float32),
-    ("cuda", (7, 5), "", "bfloat16", torch.bfloat16),
-    ("cpu", (0, 0), "avx512_bf16", "float32", torch.float32)])
-def test_precision_follows_from_the_hardware_unless_it_is_given(device, capability, flags, override, expected):
+
+@pytest.mark.parametrize(
+    "device, capability, flags, override, expected",
+    [
+        ("cuda", (7, 5), "", "auto", torch.float16),  # T4
+        ("cuda", (7, 0), "", "auto", torch.float16),  # V100
+        ("cuda", (6, 0), "", "auto", torch.float32),  # P100
+        ("cuda", (8, 0), "", "auto", torch.bfloat16),  # A100
+        ("cuda", (8, 9), "", "auto", torch.bfloat16),  # L4
+        ("cuda", (10, 0), "", "auto", torch.bfloat16),  # B200
+        (
+            "cuda",
+            (7, 5),
+            "flags : avx512_bf16 amx_bf16",
+            "auto",
+            torch.float16,
+        ),  # the processor's flags are not the GPU's
+        ("cuda", (6, 0), "flags : avx512_bf16 amx_bf16", "auto", torch.float32),
+        ("cpu", (0, 0), "flags : fpu avx2", "auto", torch.float32),
+        ("cpu", (0, 0), "flags : fpu avx512_bf16", "auto", torch.bfloat16),
+        ("cpu", (0, 0), "flags : amx_bf16 fpu", "auto", torch.bfloat16),
+        ("cpu", (0, 0), "Features : fp asimd bf16", "auto", torch.bfloat16),  # ARM
+        ("cpu", (0, 0), "flags : no_avx512_bf16x", "auto", torch.float32),
+        ("cpu", (9, 0), "", "auto", torch.float32),
+        ("cuda", (9, 0), "", "float32", torch.float32),
+        ("cuda", (7, 5), "", "bfloat16", torch.bfloat16),
+        ("cpu", (0, 0), "avx512_bf16", "float32", torch.float32),
+    ],
+)
+def test_precision_follows_from_the_hardware_unless_it_is_given(
+    device, capability, flags, override, expected
+):
     dtype, reason = st.choose_precision(device, capability, flags, override)
     assert dtype == expected and str(expected).removeprefix("torch.") in reason
 
+
 # Importing
 
+
 def test_importing_the_module_is_silent_touches_no_disk_and_loads_torch_and_numpy_only(here):
-    program = ("import sys, storyteller_utils\n"
-               "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub rouge_score safetensors'\n"
-               "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules) or 0)")
-    result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=here,
-                            env={**os.environ, "PYTHONPATH": str(Path(st.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"})
+    program = (
+        "import sys, storyteller_utils\n"
+        "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub rouge_score safetensors'\n"
+        "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules) or 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(st.__file__).parent),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(here.iterdir())

@@ -1,4 +1,5 @@
 """Search, against exhaustive search and a plain loop; the captioner on disk."""
+
 import itertools
 import json
 import math
@@ -27,7 +28,11 @@ class Chain:
 
     def start(self, features):
         photo = features[:, 0, 0].long()
-        return {"photo": photo, "place": torch.zeros_like(photo), "earlier": torch.zeros_like(photo)}
+        return {
+            "photo": photo,
+            "place": torch.zeros_like(photo),
+            "earlier": torch.zeros_like(photo),
+        }
 
     def step(self, words, state):
         photo = state["photo"].repeat_interleave(len(words) // len(state["photo"]))
@@ -54,7 +59,9 @@ def exhaustive(chain, photo, max_length, preference):
     for length in range(max_length):
         for middle in itertools.product(words, repeat=length):
             ids = [*middle, st.END]
-            total = sum(float(log_probs(chain, photo, ids[:place])[word]) for place, word in enumerate(ids))
+            total = sum(
+                float(log_probs(chain, photo, ids[:place])[word]) for place, word in enumerate(ids)
+            )
             score = total / len(ids) ** preference
             best = max(best, (ids, score), key=lambda one: one[1])
     return best
@@ -67,7 +74,11 @@ def plain_beam(chain, photo, width, preference, max_length):
         found = []
         for ids, total in beams:
             row = log_probs(chain, photo, ids)
-            found += [([*ids, word], total + float(row[word])) for word in range(len(row)) if row[word] > -math.inf]
+            found += [
+                ([*ids, word], total + float(row[word]))
+                for word in range(len(row))
+                if row[word] > -math.inf
+            ]
         found.sort(key=lambda one: -one[1])
         going = [one for one in found if one[0][-1] != st.END][:width]
         ended = [one for one in found if one[0][-1] == st.END]
@@ -82,7 +93,7 @@ def plain_beam(chain, photo, width, preference, max_length):
 
 def repeats(ids, n):
     """Return whether some n words in a row occur twice."""
-    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) < len(grams)
 
 
@@ -93,20 +104,33 @@ def test_no_caption_says_the_same_words_twice_when_that_is_not_allowed(n):
     assert any(repeats(h.ids, n) for found in free for h in found)
     for found in st.beam_search(chain, photos(8), beam_width=3, max_length=12, no_repeat=n):
         assert found and not any(repeats(h.ids, n) for h in found)
-        assert not any(h.ids[i] in h.ids[max(0, i - 2):i] for h in found for i in range(len(h.ids)))
+        assert not any(
+            h.ids[i] in h.ids[max(0, i - 2) : i] for h in found for i in range(len(h.ids))
+        )
 
 
 def test_no_caption_ends_before_its_shortest_allowed_length():
     chain = Chain(vocabulary=9, photos=8, end=3.0)
-    assert min(len(h.ids) for found in st.beam_search(chain, photos(8), beam_width=3) for h in found) < 5
-    found = [h.ids for found in st.beam_search(chain, photos(8), beam_width=3, min_length=5) for h in found]
-    assert min(map(len, found)) == 6 and all(ids[-1] == st.END for ids in found)  # five words and <end>
+    assert (
+        min(len(h.ids) for found in st.beam_search(chain, photos(8), beam_width=3) for h in found)
+        < 5
+    )
+    found = [
+        h.ids
+        for found in st.beam_search(chain, photos(8), beam_width=3, min_length=5)
+        for h in found
+    ]
+    assert min(map(len, found)) == 6 and all(
+        ids[-1] == st.END for ids in found
+    )  # five words and <end>
 
 
 @pytest.mark.parametrize("preference", [0.0, 0.7, 1.0])
 def test_a_wide_beam_finds_the_best_of_all_captions(preference):
     chain = Chain(vocabulary=7, photos=6)
-    told = st.beam_search(chain, photos(6), beam_width=200, length_preference=preference, max_length=4, no_repeat=0)
+    told = st.beam_search(
+        chain, photos(6), beam_width=200, length_preference=preference, max_length=4, no_repeat=0
+    )
     for photo, hypotheses in enumerate(told):
         ids, score = exhaustive(chain, photo, 4, preference)
         assert hypotheses[0].ids == ids and hypotheses[0].score == pytest.approx(score, abs=1e-5)
@@ -116,16 +140,22 @@ def test_a_wide_beam_finds_the_best_of_all_captions(preference):
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_batched_beam_search_tells_what_a_plain_loop_over_photos_and_beams_tells(width):
     chain = Chain(vocabulary=12, photos=20, end=1.5, seed=width)
-    told = st.beam_search(chain, photos(20), beam_width=width, length_preference=0.7, max_length=12, no_repeat=0)
+    told = st.beam_search(
+        chain, photos(20), beam_width=width, length_preference=0.7, max_length=12, no_repeat=0
+    )
     for photo, hypotheses in enumerate(told):
         plain = plain_beam(chain, photo, width, 0.7, 12)
         assert [h.ids for h in hypotheses] == [ids for ids, _ in plain]
-        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in plain], abs=1e-5)
+        assert [h.score for h in hypotheses] == pytest.approx(
+            [score for _, score in plain], abs=1e-5
+        )
 
 
 def test_width_one_takes_the_likeliest_word_each_time():
     chain = Chain(vocabulary=12, photos=8, end=1.0)
-    for photo, (hypothesis,) in enumerate(st.beam_search(chain, photos(8), beam_width=1, max_length=15, no_repeat=0)):
+    for photo, (hypothesis,) in enumerate(
+        st.beam_search(chain, photos(8), beam_width=1, max_length=15, no_repeat=0)
+    ):
         word, ids = st.START, []
         while word != st.END and len(ids) < 15:
             word = int(log_probs(chain, photo, ids).argmax())
@@ -136,7 +166,7 @@ def test_width_one_takes_the_likeliest_word_each_time():
 def test_photos_in_a_batch_do_not_influence_each_other():
     chain = Chain(vocabulary=12, photos=16, end=1.0)
     together = st.beam_search(chain, photos(16), max_length=12)
-    alone = [st.beam_search(chain, photos(16)[i:i + 1], max_length=12)[0] for i in range(16)]
+    alone = [st.beam_search(chain, photos(16)[i : i + 1], max_length=12)[0] for i in range(16)]
     assert [[h.ids for h in one] for one in together] == [[h.ids for h in one] for one in alone]
 
 
@@ -144,8 +174,12 @@ def test_a_model_that_never_ends_is_still_told():
     chain = Chain(vocabulary=9, photos=3, end=-1e9)
     for photo, hypotheses in enumerate(st.beam_search(chain, photos(3), max_length=6, no_repeat=0)):
         plain = plain_beam(chain, photo, 5, st.LENGTH_PREFERENCE, 6)
-        assert [h.ids for h in hypotheses] == [ids for ids, _ in plain] and len(hypotheses[0].ids) == 6
-        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in plain], abs=1e-5)
+        assert [h.ids for h in hypotheses] == [ids for ids, _ in plain] and len(
+            hypotheses[0].ids
+        ) == 6
+        assert [h.score for h in hypotheses] == pytest.approx(
+            [score for _, score in plain], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -160,8 +194,15 @@ def test_special_words_are_never_told_however_likely(width):
 
 def test_more_length_preference_tells_longer_captions():
     chain = Chain(vocabulary=12, photos=30, end=2.0)
-    mean = [np.mean([len(h[0].ids) for h in st.beam_search(chain, photos(30), length_preference=p, max_length=20)])
-            for p in (0.0, 0.7, 2.0)]
+    mean = [
+        np.mean(
+            [
+                len(h[0].ids)
+                for h in st.beam_search(chain, photos(30), length_preference=p, max_length=20)
+            ]
+        )
+        for p in (0.0, 0.7, 2.0)
+    ]
     assert mean[0] < mean[1] < mean[2]
 
 
@@ -170,7 +211,9 @@ def test_samples_follow_the_captioners_probabilities_at_their_temperature(temper
     chain, features = Chain(vocabulary=8, photos=1), torch.zeros(4000, 1, 1)
     told = st.sample_captions(chain, features, temperature, seed=1, max_length=1)
     counts = np.bincount([h[0].ids[0] for h in told], minlength=8) / 4000
-    assert counts == pytest.approx((log_probs(chain, 0, []) / temperature).softmax(-1).numpy(), abs=0.03)
+    assert counts == pytest.approx(
+        (log_probs(chain, 0, []) / temperature).softmax(-1).numpy(), abs=0.03
+    )
     again = st.sample_captions(chain, features, temperature, seed=1, max_length=1)
     assert [h[0].ids for h in told] == [h[0].ids for h in again]
 
@@ -180,14 +223,25 @@ def storyteller():
     """An untrained captioner on the backbone that comes from pip."""
     torch.manual_seed(1)
     vocab = st.Vocab([*st.SPECIAL, *(f"w{i}" for i in range(40))])
-    captioner = st.Captioner("lstm", 1280, 44, (torch.rand(1280) + 0.2, torch.rand(1280) + 0.5), embedding=16, hidden=32)
+    captioner = st.Captioner(
+        "lstm", 1280, 44, (torch.rand(1280) + 0.2, torch.rand(1280) + 0.5), embedding=16, hidden=32
+    )
     backbone = st.load_backbone("efficientnet_lite0")
     config = {
-        "decoder": "lstm", "sizes": {"embedding": 16, "hidden": 32}, "backbone": backbone.name,
-        "backbone_sha256": backbone.sha256, "regions": 1, "width": 1280, "preprocessing": "squash", "precision": "float32",
-        "dataset": {"name": "nothing", "photos": 0, "sample": True, "fingerprint": ""}, "recipe": "original",
+        "decoder": "lstm",
+        "sizes": {"embedding": 16, "hidden": 32},
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.sha256,
+        "regions": 1,
+        "width": 1280,
+        "preprocessing": "squash",
+        "precision": "float32",
+        "dataset": {"name": "nothing", "photos": 0, "sample": True, "fingerprint": ""},
+        "recipe": "original",
         "training": {"epochs": 0, "photos": 0, "best_epoch": 0, "val_cider": 0.0},
-        "feature_mean": captioner.mean.tolist(), "feature_deviation": captioner.deviation.tolist()}
+        "feature_mean": captioner.mean.tolist(),
+        "feature_deviation": captioner.deviation.tolist(),
+    }
     with torch.no_grad():
         for weights in captioner.parameters():
             weights.copy_(weights.half().float())  # as they are on disk
@@ -202,11 +256,21 @@ def saved(storyteller, tmp_path):
 
 def some_images():
     generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 255, (60 + 9 * i, 90, 3), dtype=np.uint8).repeat(4, 0)) for i in range(3)]
+    return [
+        Image.fromarray(
+            generator.integers(0, 255, (60 + 9 * i, 90, 3), dtype=np.uint8).repeat(4, 0)
+        )
+        for i in range(3)
+    ]
 
 
 def test_a_captioner_read_back_from_disk_tells_the_same(storyteller, saved):
-    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "config.json", "model.safetensors", "vocab.json"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "vocab.json",
+    ]
     again = st.Storyteller.from_pretrained(saved)
     assert again.tell(some_images()) == storyteller.tell(some_images())
 
@@ -221,17 +285,25 @@ def test_paths_images_and_arrays_one_or_many_are_told_alike(storyteller, tmp_pat
     image.save(tmp_path / "photo.png")
     one = storyteller.tell(image)
     assert len(one) == 1
-    for other in storyteller.tell([tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]):
+    for other in storyteller.tell(
+        [tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]
+    ):
         # Products of one row and of three round differently in the last digit.
         assert other.words == one[0].words and other.score == pytest.approx(one[0].score, rel=1e-5)
     assert storyteller.tell([]) == []
 
 
 def test_a_telling_has_sentence_score_words_and_alternatives(storyteller):
-    telling, = storyteller.tell(some_images()[0], beam_width=3)
-    assert telling.caption == st.detokenize(telling.words) and st.tokenize(telling.caption) == telling.words
-    assert telling.alternatives[0] == (telling.caption, telling.score) and 1 <= len(telling.alternatives) <= 3
-    greedy, = storyteller.tell(some_images()[0], method="greedy")
+    (telling,) = storyteller.tell(some_images()[0], beam_width=3)
+    assert (
+        telling.caption == st.detokenize(telling.words)
+        and st.tokenize(telling.caption) == telling.words
+    )
+    assert (
+        telling.alternatives[0] == (telling.caption, telling.score)
+        and 1 <= len(telling.alternatives) <= 3
+    )
+    (greedy,) = storyteller.tell(some_images()[0], method="greedy")
     assert greedy == storyteller.tell(some_images()[0], beam_width=1)[0]
 
 
@@ -239,7 +311,9 @@ def a_looking_teller(end=0.0):
     """An untrained captioner with attention, that wants to end as much as `end` says."""
     torch.manual_seed(2)
     vocab = st.Vocab([*st.SPECIAL, *(f"w{i}" for i in range(20))])
-    captioner = st.Captioner("attention", 6, 24, (torch.zeros(6), torch.ones(6)), embedding=8, hidden=8).eval()
+    captioner = st.Captioner(
+        "attention", 6, 24, (torch.zeros(6), torch.ones(6)), embedding=8, hidden=8
+    ).eval()
     captioner.decoder.output.bias.data[st.END] += end
     return st.Storyteller({}, vocab, captioner)
 
@@ -249,7 +323,7 @@ def test_a_decoder_with_attention_tells_where_each_word_looked():
     for photo, telling in enumerate(teller.tell_features(features)):
         assert telling.attention.shape == (len(telling.words), 7, 7)
         np.testing.assert_allclose(telling.attention.sum((1, 2)), 1, rtol=1e-5)
-        state, word = teller.captioner.start(features[photo:photo + 1]), st.START
+        state, word = teller.captioner.start(features[photo : photo + 1]), st.START
         for said, look in zip(telling.words, telling.attention, strict=True):
             _, state = teller.captioner.step(torch.tensor([word]), state)
             np.testing.assert_allclose(look.ravel(), state["weights"][0].detach(), atol=1e-6)
@@ -258,7 +332,11 @@ def test_a_decoder_with_attention_tells_where_each_word_looked():
 
 def test_every_telling_has_a_word_however_it_is_sampled_or_searched():
     teller, features = a_looking_teller(end=50), torch.randn(40, 49, 6)
-    for options in ({"method": "sample", "temperature": 2.0}, {"beam_width": 3}, {"method": "greedy"}):
+    for options in (
+        {"method": "sample", "temperature": 2.0},
+        {"beam_width": 3},
+        {"method": "greedy"},
+    ):
         for told in teller.tell_features(features, **options):
             assert len(told.words) == len(told.attention) == 1
 
@@ -267,13 +345,15 @@ def test_every_telling_has_a_word_however_it_is_sampled_or_searched():
 @pytest.mark.parametrize("length", [3, 2 * st.MAX_WORDS])
 def test_captions_may_be_shorter_or_longer_than_usual(method, length):
     teller, limits = a_looking_teller(end=-50), {"no_repeat": 0} if method == "beam" else {}
-    told, = teller.tell_features(torch.randn(1, 49, 6), method, max_length=length, **limits)
+    (told,) = teller.tell_features(torch.randn(1, 49, 6), method, max_length=length, **limits)
     assert len(told.words) == length and told.attention.shape == (length, 7, 7)
     with pytest.raises(TypeError, match="max_lenth"):
         teller.tell_features(torch.randn(1, 49, 6), method, max_lenth=3)
 
 
-@pytest.mark.parametrize("options", [{"method": "magic"}, {"beam_width": 0}, {"temperature": 0, "method": "sample"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "magic"}, {"beam_width": 0}, {"temperature": 0, "method": "sample"}]
+)
 def test_a_wrong_option_is_named(storyteller, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         storyteller.tell(some_images(), **options)
@@ -292,6 +372,7 @@ def break_vocabulary(folder):
 
 def break_weights(folder):
     from safetensors.torch import load_file, save_file
+
     weights = load_file(folder / "model.safetensors")
     weights["decoder.output.bias"][3] = math.nan
     save_file(weights, folder / "model.safetensors")
@@ -305,18 +386,21 @@ def break_config(folder):
 
 def break_shape(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"sizes": {"embedding": 16, "hidden": 33}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"sizes": {"embedding": 16, "hidden": 33}})
+    )
 
 
 def cut_short(folder):
     data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:len(data) // 2])
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
 def change(**entries):
     def harm(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | entries))
+
     return harm
 
 
@@ -328,6 +412,7 @@ def swap_words(folder):
 
 class Trace:
     """Unpickled, it leaves a file behind."""
+
     def __reduce__(self):
         return os.mkdir, ("a-pickle-was-run",)
 
@@ -336,15 +421,30 @@ def pickle_over(name):
     return lambda folder: (folder / name).write_bytes(pickle.dumps(Trace()))
 
 
-@pytest.mark.parametrize("harm", [change(sizes={"embedding": 10**9, "hidden": 10**9}), change(width=10**12), change(regions="many"),
-                                  change(feature_mean=[math.nan] * 1280), change(feature_deviation=[0.0] * 1280),
-                                  change(feature_mean=[1.0] * 5), change(decoder="magic"), change(sizes={"layers": 2}),
-                                  change(sizes=[1]), change(feature_mean="none"), change(backbone=5), swap_words,
-                                  *map(pickle_over, ["config.json", "vocab.json", "model.safetensors"]),
-                                  lambda folder: (folder / "config.json").write_text("[" * 100_000),
-                                  lambda folder: (folder / "vocab.json").write_text('{"words": ' + "[" * 100_000),
-                                  lambda folder: (folder / "config.json").write_text("[]")])
-def test_a_hostile_captioner_is_one_artifact_error_and_runs_nothing(saved, harm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "harm",
+    [
+        change(sizes={"embedding": 10**9, "hidden": 10**9}),
+        change(width=10**12),
+        change(regions="many"),
+        change(feature_mean=[math.nan] * 1280),
+        change(feature_deviation=[0.0] * 1280),
+        change(feature_mean=[1.0] * 5),
+        change(decoder="magic"),
+        change(sizes={"layers": 2}),
+        change(sizes=[1]),
+        change(feature_mean="none"),
+        change(backbone=5),
+        swap_words,
+        *map(pickle_over, ["config.json", "vocab.json", "model.safetensors"]),
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        lambda folder: (folder / "vocab.json").write_text('{"words": ' + "[" * 100_000),
+        lambda folder: (folder / "config.json").write_text("[]"),
+    ],
+)
+def test_a_hostile_captioner_is_one_artifact_error_and_runs_nothing(
+    saved, harm, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     harm(saved)
     with pytest.raises(st.ArtifactError, match="model"):
@@ -352,9 +452,19 @@ def test_a_hostile_captioner_is_one_artifact_error_and_runs_nothing(saved, harm,
     assert not (tmp_path / "a-pickle-was-run").exists()
 
 
-@pytest.mark.parametrize("harm", [break_vocabulary, break_weights, break_config, break_shape, cut_short,
-                                  lambda folder: (folder / "vocab.json").unlink(),
-                                  lambda folder: (folder / "config.json").write_text("{"), shutil.rmtree])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        break_vocabulary,
+        break_weights,
+        break_config,
+        break_shape,
+        cut_short,
+        lambda folder: (folder / "vocab.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        shutil.rmtree,
+    ],
+)
 def test_a_broken_captioner_is_one_artifact_error(saved, harm):
     harm(saved)
     with pytest.raises(st.ArtifactError, match="model"):
@@ -368,10 +478,15 @@ def test_the_weights_of_another_backbone_are_refused(saved):
         st.Storyteller.from_pretrained(saved).tell(some_images())
 
 
-def test_the_terminal_tells_photos_and_names_those_it_cannot_read(saved, tmp_path, capsys, monkeypatch):
+def test_the_terminal_tells_photos_and_names_those_it_cannot_read(
+    saved, tmp_path, capsys, monkeypatch
+):
     some_images()[0].save(tmp_path / "good.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    monkeypatch.setattr("sys.argv", ["st", "tell", str(tmp_path), "--model", str(saved), "--csv", str(tmp_path / "told.csv")])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["st", "tell", str(tmp_path), "--model", str(saved), "--csv", str(tmp_path / "told.csv")],
+    )
     with pytest.raises(SystemExit, match="1 of 2 photos"):
         st.main()
     out, err = capsys.readouterr()
@@ -383,17 +498,36 @@ def test_an_ensemble_gives_the_mean_of_its_members_probabilities():
     members = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        members.append(st.Captioner("attention", 6, 12, (torch.zeros(6), torch.ones(6)), hidden=8, embedding=4, attention=5))
+        members.append(
+            st.Captioner(
+                "attention",
+                6,
+                12,
+                (torch.zeros(6), torch.ones(6)),
+                hidden=8,
+                embedding=4,
+                attention=5,
+            )
+        )
     both, features = st.Ensemble(members).eval(), torch.randn(3, 9, 6)
-    found = st.beam_search(both, features, beam_width=3, length_preference=1.0, max_length=5, no_repeat=0)
+    found = st.beam_search(
+        both, features, beam_width=3, length_preference=1.0, max_length=5, no_repeat=0
+    )
     for photo, hypotheses in enumerate(found):
         for h in hypotheses:
             total, words = 0.0, torch.tensor([[st.START, *h.ids]])
             with torch.no_grad():
-                rows = [m.decoder.output(m.decoder.read(features[photo:photo + 1], words[:, :-1])).softmax(-1) for m in members]
+                rows = [
+                    m.decoder.output(
+                        m.decoder.read(features[photo : photo + 1], words[:, :-1])
+                    ).softmax(-1)
+                    for m in members
+                ]
             mean = (rows[0] + rows[1])[0] / 2
             total = sum(math.log(mean[place, word]) for place, word in enumerate(h.ids))
             assert h.score == pytest.approx(total / len(h.ids), rel=1e-4)
     alone = st.beam_search(members[0], features, beam_width=3)
     twice = st.beam_search(st.Ensemble([members[0], members[0]]), features, beam_width=3)
-    assert [[h.ids for h in found] for found in alone] == [[h.ids for h in found] for found in twice]
+    assert [[h.ids for h in found] for found in alone] == [
+        [h.ids for h in found] for found in twice
+    ]

@@ -1,4 +1,5 @@
 """Training, its checkpoints, its processes; on a few drawn scenes with made-up features, in seconds."""
+
 import io
 import json
 import os
@@ -32,15 +33,27 @@ def project(tmp_path_factory):
     run = st.start("02_vocab", dataset_dir="drawn", min_count=2)
     captions = st.read_captions(run.dataset)
     split_of = st.split_photos(list(run.dataset.photos), 13)
-    st.write_csv(run.out / "captions.csv", ["image", "split", "caption"], [(n, split_of[n], c) for n, c in captions.rows])
-    words = {name: [st.tokenize(c) for n, c in captions.rows if n == name] for name in run.dataset.photos}
-    vocab = st.Vocab.build([w for n, group in words.items() if split_of[n] == "train" for w in group], 2)
+    st.write_csv(
+        run.out / "captions.csv",
+        ["image", "split", "caption"],
+        [(n, split_of[n], c) for n, c in captions.rows],
+    )
+    words = {
+        name: [st.tokenize(c) for n, c in captions.rows if n == name] for name in run.dataset.photos
+    }
+    vocab = st.Vocab.build(
+        [w for n, group in words.items() if split_of[n] == "train" for w in group], 2
+    )
     vocab.save(run.out / "vocab.json")
     run.finish()
     run = st.start("01_extract_features", dataset_dir="drawn", backbone="efficientnet_lite0")
     generator = np.random.default_rng(0)
-    bags = np.array([np.bincount([vocab.ids.get(w, 3) for g in group for w in g], minlength=len(vocab))
-                     for group in words.values()])
+    bags = np.array(
+        [
+            np.bincount([vocab.ids.get(w, 3) for g in group for w in g], minlength=len(vocab))
+            for group in words.values()
+        ]
+    )
     features = bags @ generator.normal(size=(len(vocab), 24)) + generator.normal(size=(60, 24))
     np.save(run.out / "features.npy", features[:, None].astype(np.float16))
     st.write_csv(run.out / "images.csv", ["row", "image"], enumerate(words))
@@ -78,7 +91,10 @@ def last(run):
 
 
 def without_clock(history):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "captions_per_second")} for line in history]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "captions_per_second")}
+        for line in history
+    ]
 
 
 def assert_same(one, other):
@@ -139,7 +155,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
     st.write_json(run.out / "job.json", run.job())
-    worker = subprocess.Popen([sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(
+        [sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not (run.out / "last.pt").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -170,7 +188,9 @@ def test_a_checkpoint_loads_with_the_prefix_that_dataparallel_writes():
     assert_same(weights(trainer), last(run)["model"])
 
 
-@pytest.mark.parametrize("data", [b"", b"no checkpoint", b"\x80\x04\x95\x0e\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."])
+@pytest.mark.parametrize(
+    "data", [b"", b"no checkpoint", b"\x80\x04\x95\x0e\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."]
+)
 def test_a_broken_checkpoint_is_one_artifact_error(data):
     run = begin()
     (run.out / "last.pt").write_bytes(data)
@@ -180,7 +200,10 @@ def test_a_broken_checkpoint_is_one_artifact_error(data):
 
 @pytest.mark.fast
 def test_slices_of_a_batch_give_the_gradient_of_the_whole():
-    whole, sliced = st.Trainer(begin(dropout=-1).job()), st.Trainer(begin(dropout=-1, accumulate=4).job())
+    whole, sliced = (
+        st.Trainer(begin(dropout=-1).job()),
+        st.Trainer(begin(dropout=-1, accumulate=4).job()),
+    )
     for trainer in (whole, sliced):
         for step, batch in enumerate(trainer.batches["train"].epoch(13, 0)):
             trainer.train_step(batch, step)
@@ -227,7 +250,9 @@ def test_the_learning_rate_warms_up_and_falls():
     rates = [trainer.learning_rate(step) for step in range(50 * len(trainer.batches["train"]))]
     peak = int(np.argmax(rates))
     assert rates[peak] == pytest.approx(0.001) and 0 < peak < len(rates) / 10
-    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )
     assert rates[-1] < 2e-5
 
 
@@ -258,8 +283,11 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
 def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
     monkeypatch.setattr(st.Trainer, "run", full)
-    with pytest.raises(st.ArtifactError, match="batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"):
+    with pytest.raises(
+        st.ArtifactError, match="batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"
+    ):
         st.train_worker(begin().job())
 
 
@@ -292,29 +320,53 @@ def test_features_of_other_photos_are_refused():
 
 class Trace:
     """Unpickled, it leaves a folder behind."""
+
     def __reduce__(self):
         return os.mkdir, ("a-pickle-was-run",)
 
 
 def absurd(shape, dtype="<f2"):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
     return header.getvalue() + bytes(100)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name, data", [
-    *((name, pickle.dumps(Trace())) for name in ("images.csv", "skipped.csv", "captions.csv", "vocab.json", "features.npy")),
-    ("features.npy", absurd((2,), "|O") + pickle.dumps([Trace(), Trace()])), ("features.npy", absurd((10**9, 49, 2048))),
-    ("features.npy", absurd((60, -1, 24))), ("features.npy", absurd((0, 1, 24))), ("features.npy", absurd((5, 1, 2), "<f8")),
-    ("features.npy", b""), ("features.npy", np.lib.format.magic(1, 0) + b"\xff\xff{'descr'"),
-    ("features.npy", absurd((60, 1, 24))[:-100] + np.full((60, 1, 24), np.nan, np.float16).tobytes()),
-    ("images.csv", b"row,name\n0,x.jpg\n"), ("captions.csv", b"image,caption\nscene_0001.jpg,A dog .\n"), ("vocab.json", b"[" * 100_000),
-    ("vocab.json", b'{"words": [1, 2, 3, 4]}'), ("vocab.json", b'{"words": ["a", "a"]}')])
-def test_hostile_results_of_earlier_stages_are_one_artifact_error_and_run_nothing(tmp_path, monkeypatch, name, data):
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        *(
+            (name, pickle.dumps(Trace()))
+            for name in ("images.csv", "skipped.csv", "captions.csv", "vocab.json", "features.npy")
+        ),
+        ("features.npy", absurd((2,), "|O") + pickle.dumps([Trace(), Trace()])),
+        ("features.npy", absurd((10**9, 49, 2048))),
+        ("features.npy", absurd((60, -1, 24))),
+        ("features.npy", absurd((0, 1, 24))),
+        ("features.npy", absurd((5, 1, 2), "<f8")),
+        ("features.npy", b""),
+        ("features.npy", np.lib.format.magic(1, 0) + b"\xff\xff{'descr'"),
+        (
+            "features.npy",
+            absurd((60, 1, 24))[:-100] + np.full((60, 1, 24), np.nan, np.float16).tobytes(),
+        ),
+        ("images.csv", b"row,name\n0,x.jpg\n"),
+        ("captions.csv", b"image,caption\nscene_0001.jpg,A dog .\n"),
+        ("vocab.json", b"[" * 100_000),
+        ("vocab.json", b'{"words": [1, 2, 3, 4]}'),
+        ("vocab.json", b'{"words": ["a", "a"]}'),
+    ],
+)
+def test_hostile_results_of_earlier_stages_are_one_artifact_error_and_run_nothing(
+    tmp_path, monkeypatch, name, data
+):
     job = begin().job()
-    job["reads"] = {stage: shutil.copytree(folder, tmp_path / stage) for stage, folder in job["reads"].items()}
-    harmed, = (path / name for path in job["reads"].values() if (path / name).exists())
+    job["reads"] = {
+        stage: shutil.copytree(folder, tmp_path / stage) for stage, folder in job["reads"].items()
+    }
+    (harmed,) = (path / name for path in job["reads"].values() if (path / name).exists())
     harmed.write_bytes(data)
     with pytest.raises(st.ArtifactError):
         st.Trainer(job)
@@ -325,18 +377,24 @@ def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
     array = np.random.default_rng(0).normal(3, 2, (50, 49, 8)).astype(np.float16)
     np.save(tmp_path / "features.npy", array)
     held = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
-    assert isinstance(st.Features(tmp_path / "features.npy", False, held.device, copies=10**9).array, np.memmap)
+    assert isinstance(
+        st.Features(tmp_path / "features.npy", False, held.device, copies=10**9).array, np.memmap
+    )
     monkeypatch.setattr(st.os, "sysconf", lambda name: 10)
     mapped = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
     assert isinstance(held.array, torch.Tensor) and isinstance(mapped.array, np.memmap)
     rows = np.array([3, 3, 41])
-    assert torch.equal(held[rows], mapped[rows]) and torch.equal(held[rows], torch.from_numpy(array[rows]).float())
+    assert torch.equal(held[rows], mapped[rows]) and torch.equal(
+        held[rows], torch.from_numpy(array[rows]).float()
+    )
     mean, deviation = mapped.moments(np.arange(50))
     flat = array.reshape(-1, 8).astype(np.float64)
     np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-5)
     np.testing.assert_allclose(deviation, flat.std(0), rtol=1e-4)
     pooled = st.Features(tmp_path / "features.npy", True, torch.device("cpu"))
-    np.testing.assert_allclose(pooled[rows][:, 0], array[rows].astype(np.float32).mean(1), atol=4e-3)
+    np.testing.assert_allclose(
+        pooled[rows][:, 0], array[rows].astype(np.float32).mean(1), atol=4e-3
+    )
 
 
 def test_a_finished_run_is_trained_anew_when_it_is_run_again():
@@ -347,7 +405,10 @@ def test_a_finished_run_is_trained_anew_when_it_is_run_again():
     again = st.Trainer(begin(epochs=2).job())
     learn, again.train_step = again.train_step, lambda *given: (steps.append(1), learn(*given))
     again.run()
-    assert len(steps) == 2 * len(again.batches["train"]) and (run.out / "last.pt").stat().st_mtime_ns > before
+    assert (
+        len(steps) == 2 * len(again.batches["train"])
+        and (run.out / "last.pt").stat().st_mtime_ns > before
+    )
 
 
 def wait_for(condition, what, seconds=60):
@@ -366,7 +427,9 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
     st.write_json(run.out / "job.json", run.job())
-    worker = subprocess.Popen([sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(
+        [sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL
+    )
     wait_for((run.out / "last.pt").is_file, "no first epoch")
     worker.send_signal(signal.Signals[asking])
     assert worker.wait() == 0
@@ -378,19 +441,30 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     run = begin(epochs=6)
     st.train(run)
     assert_same(last(run)["model"], expected)
-    assert without_clock(last(run)["history"]) == history and not (run.out / "unfinished.json").exists()
+    assert (
+        without_clock(last(run)["history"]) == history
+        and not (run.out / "unfinished.json").exists()
+    )
 
 
-def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(monkeypatch, tmp_path, capsys):
+def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
+    monkeypatch, tmp_path, capsys
+):
     expected = trained(begin(epochs=2)).history
     model = last(begin(epochs=2))["model"]
     st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
-    with pytest.raises(st.ArtifactError, match=r"stopped after 0 of 2 epochs and 1 steps: max_hours is over.*goes on there"):
+    with pytest.raises(
+        st.ArtifactError,
+        match=r"stopped after 0 of 2 epochs and 1 steps: max_hours is over.*goes on there",
+    ):
         st.train(begin(epochs=2, max_hours=1e-6))
     with pytest.raises(st.ArtifactError, match="03_train_dual_t4 stopped before it was finished"):
         st.start("04_evaluate", dataset_dir="drawn").read("03_train_dual_t4")
     begin(epochs=2).finish()
-    assert "is not finished" in capsys.readouterr().out and not (st.OUTPUTS / "03_train_dual_t4/manifest.json").exists()
+    assert (
+        "is not finished" in capsys.readouterr().out
+        and not (st.OUTPUTS / "03_train_dual_t4/manifest.json").exists()
+    )
     # On Kaggle, what was stopped is attached read-only, and the same notebook goes on from there.
     attached = tmp_path / "input/notebooks/someone/training/03_train_dual_t4"
     st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", attached)
@@ -406,7 +480,12 @@ def test_resume_from_takes_a_folder_and_says_when_it_is_not_clear(tmp_path):
     trained(begin(epochs=1))
     for place in ("one", "two"):
         st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", tmp_path / place / "03_train_dual_t4")
-    assert st.Trainer(begin(resume_from=str(tmp_path / "one")).job()).checkpoints()[-1][0].parent.parent == tmp_path / "one"
+    assert (
+        st.Trainer(begin(resume_from=str(tmp_path / "one")).job())
+        .checkpoints()[-1][0]
+        .parent.parent
+        == tmp_path / "one"
+    )
     for place, count in ((tmp_path, 2), (tmp_path / "nowhere", 0)):
         with pytest.raises(st.ArtifactError, match=f"holds {count} checkpoints"):
             st.Trainer(begin(resume_from=str(place)).job()).checkpoints()
@@ -421,10 +500,13 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, ca
         assert last(begin(**settings))["at"]["step"] == steps
     assert trained(begin(**settings)).at["epoch"] == 3
     assert re.findall("going on after .*", capsys.readouterr().err) == [
-        f"going on after 1 epochs and {steps} steps" for steps in (0, 1, 2)]
+        f"going on after 1 epochs and {steps} steps" for steps in (0, 1, 2)
+    ]
 
 
-def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_other_settings_do(capsys):
+def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_other_settings_do(
+    capsys,
+):
     with pytest.raises(st.ArtifactError, match="stopped after 0 of 2"):
         st.train(begin(epochs=2, max_hours=1e-6))
     for settings, used in (({"accumulate": 2}, True), ({"learning_rate": 0.5}, False)):
@@ -434,7 +516,9 @@ def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_othe
         assert ("is of a run with other settings" in capsys.readouterr().err) != used
     path = st.OUTPUTS / "03_train_dual_t4/last.pt"
     scaling = st.Trainer(begin(epochs=2).job())
-    scaling.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16, where last.pt was written in float32
+    scaling.scaler = torch.amp.GradScaler(
+        "cpu", enabled=True
+    )  # float16, where last.pt was written in float32
     assert scaling.load(path, False) and scaling.scaler.get_scale() == 2**16
 
 
@@ -442,7 +526,9 @@ def test_a_stop_after_the_last_step_is_none(monkeypatch):
     run = begin(epochs=1)
     trainer = st.Trainer(run.job())
     validate = trainer.validate
-    monkeypatch.setattr(trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate())
+    monkeypatch.setattr(
+        trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate()
+    )
     trainer.run()
     assert (run.out / "model").is_dir() and not (run.out / "unfinished.json").exists()
 
@@ -460,7 +546,10 @@ def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
 def test_processes_at_different_places_are_an_error(monkeypatch):
     trainer = st.Trainer(begin().job())
     monkeypatch.setattr(st, "_gathered", lambda values: torch.stack([values, values + 1]))
-    with pytest.raises(st.ArtifactError, match=r"different checkpoints.*\[\[0, 0, 0\], \[1, 1, 1\]\].*Copy outputs/"):
+    with pytest.raises(
+        st.ArtifactError,
+        match=r"different checkpoints.*\[\[0, 0, 0\], \[1, 1, 1\]\].*Copy outputs/",
+    ):
         trainer.resume()
 
 
@@ -469,7 +558,9 @@ def test_the_first_failure_is_the_one_that_is_told(monkeypatch, tmp_path):
     st.write_json(tmp_path / "job.json", {})
     for message in ("Out of memory: try accumulate=2", "lost connection to a peer"):
         with pytest.raises(SystemExit):
-            st._work(lambda job: (_ for _ in ()).throw(RuntimeError(message)), tmp_path / "job.json")
+            st._work(
+                lambda job: (_ for _ in ()).throw(RuntimeError(message)), tmp_path / "job.json"
+            )
     assert st.read_json(tmp_path / "failure.json")["message"] == "Out of memory: try accumulate=2"
 
 
@@ -492,7 +583,10 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
     def second():  # the worker of rank 1
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                known, place = (process / "environ").read_bytes().split(b"\0"), (process / "cwd").readlink()
+                known, place = (
+                    (process / "environ").read_bytes().split(b"\0"),
+                    (process / "cwd").readlink(),
+                )
             except OSError:
                 continue
             if b"LOCAL_RANK=1" in known and place == Path.cwd():
@@ -511,7 +605,11 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
     again = begin(**settings)
     st.launch("train", again, processes=2)
     epochs = [line["epoch"] for line in last(again)["history"]]
-    assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) > done and (again.out / "model").is_dir()
+    assert (
+        epochs == list(range(1, len(epochs) + 1))
+        and len(epochs) > done
+        and (again.out / "model").is_dir()
+    )
 
 
 def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
@@ -531,15 +629,22 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     wait_for((run.out / ".job.json").is_file, "no job")
     other = tmp_path / "other machine"  # the project as it was copied there
     st.shutil.copytree(".", other)
-    printed = wait_for(lambda: re.search(r"machine 1: \$ python (.*)", capsys.readouterr().out), "no command for it")
+    printed = wait_for(
+        lambda: re.search(r"machine 1: \$ python (.*)", capsys.readouterr().out),
+        "no command for it",
+    )
     command = printed[1].replace("storyteller_utils.py", st.__file__).split()
-    there = subprocess.run([sys.executable, *command], cwd=other, capture_output=True, text=True, timeout=120)
+    there = subprocess.run(
+        [sys.executable, *command], cwd=other, capture_output=True, text=True, timeout=120
+    )
     thread.join(60)
     assert there.returncode == 0 and not thread.is_alive(), there.stderr
     for name, tensor in last(run)["model"].items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
     assert (run.out / "model/config.json").is_file()
-    assert {p.name for p in (other / run.out).iterdir()} == {".job.json"}, "only the first machine writes"
+    assert {p.name for p in (other / run.out).iterdir()} == {".job.json"}, (
+        "only the first machine writes"
+    )
 
 
 def test_self_critical_training_raises_the_reward(monkeypatch):
@@ -585,10 +690,14 @@ def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
     trainer.at["phase"] = 1
     features, words, advantages = trainer._samples(np.array([3, 0, 7]), 1.0)
     assert len(features) == len(words) == len(advantages) == 3 * st.SAMPLES
-    torch.testing.assert_close(advantages.view(3, st.SAMPLES).sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        advantages.view(3, st.SAMPLES).sum(1), torch.zeros(3), atol=1e-5, rtol=0
+    )
     said = [trainer.data.vocab.decode(ids) + ["<end>"] * (st.END in ids) for ids in words.tolist()]
     photos = np.repeat([3, 0, 7], st.SAMPLES)
-    rewards = st.CiderD([[w + ["<end>"] for w in group] for group in trainer.data.references["train"]]).score(said, photos)
+    rewards = st.CiderD(
+        [[w + ["<end>"] for w in group] for group in trainer.data.references["train"]]
+    ).score(said, photos)
     for i in range(3 * st.SAMPLES):
         others = [j for j in range(3 * st.SAMPLES) if photos[j] == photos[i] and j != i]
         assert float(advantages[i]) == pytest.approx(rewards[i] - rewards[others].mean(), abs=1e-5)
@@ -627,7 +736,9 @@ def test_training_ends_when_the_last_epochs_were_all_worse_than_the_best(monkeyp
 
 
 @pytest.mark.fast
-def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_side(project, monkeypatch):
+def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_side(
+    project, monkeypatch
+):
     run = begin()
     extracted = Path(run.job()["reads"]["01_extract_features"])
     monkeypatch.setitem(st.RECIPES["original"], "flips", True)
@@ -650,8 +761,10 @@ def test_the_card_says_the_command_that_makes_the_captioner_again_and_the_terms_
     run = begin(epochs=1, resume_from="")
     trained(run)
     config = st.read_json(run.out / "model/config.json")
-    assert config["command"] == ("make run DATASET=FOLDER 01_extract_features='-p backbone efficientnet_lite0' "
-                                 "02_vocab='-p min_count 2' 03_train_dual_t4='-p epochs 1 -p batch_size 32 -p precision float32'")
+    assert config["command"] == (
+        "make run DATASET=FOLDER 01_extract_features='-p backbone efficientnet_lite0' "
+        "02_vocab='-p min_count 2' 03_train_dual_t4='-p epochs 1 -p batch_size 32 -p precision float32'"
+    )
     card = (run.out / "model/README.md").read_text()
     assert config["command"] in card and "research and education only" not in card
     config["dataset"]["name"] = "flickr8k"

