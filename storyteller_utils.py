@@ -403,8 +403,13 @@ def peak_memory() -> int:
     )
 
 
-def start(stage: str, **settings) -> Run:
-    """Begin a stage: check its settings (fields of its class in section 2), find its dataset, mark it unfinished."""
+def start(stage: str, parameters: dict | None = None) -> Run:
+    """Begin a stage: check its settings, find its dataset, mark it unfinished.
+
+    parameters  a notebook's `globals()`: the settings are picked by their names (section 2)
+    """
+    names = [field.name for field in dataclasses.fields(SETTINGS[stage])]
+    settings = {name: parameters[name] for name in names if name in (parameters or {})}
     if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
         os.chdir("..")
     checked = SETTINGS[stage](
@@ -3178,7 +3183,7 @@ class Trainer:
             % len(rows)
         ]
         ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
-        for i, hypotheses in enumerate(tell_all(self.teller, self.features, mine)):
+        for i, hypotheses in enumerate(generate(self.teller, self.features, mine)):
             ids[i, : len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
         told = _gathered(ids).transpose(0, 1).flatten(0, 1)[: len(rows)].tolist()
         return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
@@ -3503,7 +3508,7 @@ def train(run: Run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Telling
+# 9. Caption
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_WORDS = 30  # of a told caption; 99.98 % of Flickr8k's captions have no more
@@ -3678,7 +3683,7 @@ def sample_captions(
     return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
 
 
-def tell_all(
+def generate(
     captioner, features, rows: Sequence[int], beam_width: int = 5, progress: bool = False, **options
 ) -> list[list[Hypothesis]]:
     """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches; options: `beam_search`'s."""
@@ -3727,17 +3732,17 @@ class Ensemble(nn.Module):
 
 
 @dataclass(frozen=True)
-class Telling:
+class Caption:
     """What a captioner tells about a photo.
 
-    caption       a sentence, "A man's dog runs."
+    text          a sentence, "A man's dog runs."
     score         its log-probability, normalised by its length
     words         its tokens
     alternatives  (caption, score) of all captions that the search ended with, best first
     attention     (T, 7, 7), where each word looked, summing to 1; None for decoders that see no grid
     """
 
-    caption: str
+    text: str
     score: float
     words: list[str]
     alternatives: list[tuple[str, float]]
@@ -3756,7 +3761,7 @@ class _Uninitialised(torch.overrides.TorchFunctionMode):
 class Storyteller:
     """A captioner with its vocabulary and its backbone: photos in, sentences out.
 
-    >>> Storyteller.from_pretrained("outputs/03_train_dual_t4/model").tell("photo.jpg")[0].caption
+    >>> Storyteller.from_pretrained("outputs/03_train_dual_t4/model").caption("photo.jpg")[0].text
     """
 
     def __init__(
@@ -3886,8 +3891,8 @@ class Storyteller:
         photos = torch.stack([preprocess(open_photo(image), how, side) for image in images])
         return self.backbone(photos, self.config["regions"]).half().float()
 
-    def tell(self, images, **options) -> list[Telling]:
-        """Tell what is in one photo or many; `options` as in `tell_features`.
+    def caption(self, images, **options) -> list[Caption]:
+        """Tell what is in one photo or many; `options` as in `caption_features`.
 
         images  a path, a PIL image, an array (height, width, 3) uint8, or a list of these
 
@@ -3896,25 +3901,25 @@ class Storyteller:
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         told = []
         for i in range(0, len(images), 32):
-            told += self.tell_features(self.extract(images[i : i + 32]), **options)
+            told += self.caption_features(self.extract(images[i : i + 32]), **options)
         return told
 
-    def tell_each(self, images: Sequence[Path | str], **options) -> list[Telling | str]:
+    def caption_each(self, images: Sequence[Path | str], **options) -> list[Caption | str]:
         """Tell about each photo, and go on where one cannot be told about: its place then holds a sentence that says why.
 
         The sentence shows strangers no folder and no detail of an error that nobody foresaw, which goes to stderr.
         """
         try:
-            return self.tell(images, **options)
+            return self.caption(images, **options)
         except Exception as error:
             if len(images) > 1:
-                return [self.tell_each([image], **options)[0] for image in images]
+                return [self.caption_each([image], **options)[0] for image in images]
             if isinstance(error, ValueError):
                 return [str(error).replace(f"{Path(images[0]).parent}{os.sep}", "")]
             traceback.print_exception(error)
             return [f"{Path(images[0]).name} could not be captioned."]
 
-    def tell_features(
+    def caption_features(
         self,
         features: Tensor,
         method: str = "beam",
@@ -3923,7 +3928,7 @@ class Storyteller:
         temperature: float = 1.0,
         seed: int = 0,
         **limits,
-    ) -> list[Telling]:
+    ) -> list[Caption]:
         """Tell what is in photos of which the features (B, R, D) are known.
 
         method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
@@ -3945,10 +3950,10 @@ class Storyteller:
             self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)
         ]
 
-    def _telling(self, hypotheses: list[Hypothesis], look: np.ndarray | None) -> Telling:
+    def _telling(self, hypotheses: list[Hypothesis], look: np.ndarray | None) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
-        return Telling(
+        return Caption(
             *alternatives[0],
             words[0],
             alternatives,
@@ -4051,7 +4056,7 @@ def model_card(config: dict) -> str:
         ),
         "```python",
         "import storyteller_utils as st",
-        'print(st.Storyteller.from_pretrained(".").tell("photo.jpg")[0].caption)',
+        'print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)',
         "```",
         "",
         f"Made by `{config['command']}`." if "command" in config else "",
@@ -4573,7 +4578,7 @@ def _seen(image, preprocessing: str, side: int):
     return view
 
 
-def show_attention(image, telling: Telling, preprocessing: str = "squash"):
+def show_attention(image, telling: Caption, preprocessing: str = "squash"):
     """Draw where the model looked, word by word: the photo once a word, bright where its attention was.
 
     image    a path, PIL image or array
@@ -4599,7 +4604,7 @@ def show_attention(image, telling: Telling, preprocessing: str = "squash"):
     return figure
 
 
-def attention_page(image, telling: Telling, preprocessing: str = "squash") -> str:
+def attention_page(image, telling: Caption, preprocessing: str = "squash") -> str:
     """Return `show_attention` as HTML: the words as buttons, each lighting up where the model looked.
 
     It needs no script (the buttons are radio buttons) and fetches nothing; space/style.css makes it pretty. For a
@@ -5094,13 +5099,13 @@ def _tell(arguments) -> None:
     storyteller = Storyteller.from_pretrained(arguments.model, default_device())
     rows, failed = [], 0
     for path in paths:
-        (told,) = storyteller.tell_each([path], beam_width=arguments.beam_width)
+        (told,) = storyteller.caption_each([path], beam_width=arguments.beam_width)
         if isinstance(told, str):
             failed += 1
             print(f"{path}: {told}", file=sys.stderr)
             continue
-        rows.append((str(path), told.caption))
-        print(told.caption if len(paths) == 1 else f"{path}: {told.caption}", flush=True)
+        rows.append((str(path), told.text))
+        print(told.text if len(paths) == 1 else f"{path}: {told.text}", flush=True)
     if arguments.csv:
         write_csv(arguments.csv, ["image", "caption"], rows)
     if failed:
@@ -5108,10 +5113,10 @@ def _tell(arguments) -> None:
 
 
 def main() -> None:
-    """Run a command: `tell` for people, `extract` and `train` for `launch`."""
+    """Run a command: `caption` for people, `extract` and `train` for `launch`."""
     parser = argparse.ArgumentParser(description="Neural Storyteller")
     commands = parser.add_subparsers(dest="command", required=True)
-    tell = commands.add_parser("tell", help="caption photos")
+    tell = commands.add_parser("caption", help="caption photos")
     tell.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER")
     tell.add_argument(
         "--model", default=str(default_model()), help="folder or Hub id (default: %(default)s)"
@@ -5121,7 +5126,7 @@ def main() -> None:
     for name in ("extract", "train"):
         commands.add_parser(name, help=f"what the {name} notebook starts").add_argument("job")
     arguments = parser.parse_args()
-    if arguments.command != "tell":
+    if arguments.command != "caption":
         return _work(
             {"extract": extract_worker, "train": train_worker}[arguments.command], arguments.job
         )

@@ -33,7 +33,7 @@ EXAMPLES = sorted(
     str(path) for path in (HERE / "examples").iterdir() if path.suffix in (".jpg", ".png")
 )
 st.attention_page(
-    EXAMPLES[0], TELLER.tell(EXAMPLES[0])[0]
+    EXAMPLES[0], TELLER.caption(EXAMPLES[0])[0]
 )  # loads now what the first visitor would wait for
 CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
 COLUMNS, WAITING = ["photo", "caption", "score", "problem"], "*Its story will stand here.*"
@@ -64,7 +64,7 @@ def attempt_many(photos, options):
         else TELLER
     )
     for start in range(0, len(photos), 8):
-        yield teller.tell_each(photos[start : start + 8], **options)
+        yield teller.caption_each(photos[start : start + 8], **options)
 
 
 def caption(photo, method, beam_width, length_preference, temperature, seed=None):
@@ -72,7 +72,7 @@ def caption(photo, method, beam_width, length_preference, temperature, seed=None
     if not photo:
         raise gr.Error("Please choose a photo first.", print_exception=False)
     began = time.perf_counter()
-    (told,) = TELLER.tell_each(
+    (told,) = TELLER.caption_each(
         [photo],
         method=method,
         beam_width=int(beam_width),
@@ -83,7 +83,7 @@ def caption(photo, method, beam_width, length_preference, temperature, seed=None
     if isinstance(told, str):
         raise gr.Error(told, print_exception=False)
     rows = [[text, round(score, 3)] for text, score in told.alternatives]
-    return told.caption, rows, f"Told in {time.perf_counter() - began:.2f} s", told
+    return told.text, rows, f"Told in {time.perf_counter() - began:.2f} s", told
 
 
 def caption_if_any(photo, *options):
@@ -100,9 +100,7 @@ def batch(photos, method, beam_width, progress=gr.Progress()):
     rows = []
     for told in attempt_many(photos, {"method": method, "beam_width": int(beam_width)}):
         for photo, one in zip(photos[len(rows) :], told):
-            found = (
-                ["", "", one] if isinstance(one, str) else [one.caption, round(one.score, 3), ""]
-            )
+            found = ["", "", one] if isinstance(one, str) else [one.text, round(one.score, 3), ""]
             rows.append([Path(photo).name, *found])
         progress((len(rows), len(photos)), unit="photos")
     with (

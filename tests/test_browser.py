@@ -40,13 +40,13 @@ def browser():
 @pytest.fixture(scope="module")
 def attentive(app):
     """The page shows where its captioner looked, whether or not the tiny one has attention."""
-    real = app.TELLER.tell
-    app.TELLER.tell = lambda photos, **options: [
+    real = app.TELLER.caption
+    app.TELLER.caption = lambda photos, **options: [
         dataclasses.replace(told, attention=look_around(told.words))
         for told in real(photos, **options)
     ]
     yield app
-    app.TELLER.tell = real
+    app.TELLER.caption = real
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_photo_gets_the_caption_that_the_api_and_the_module_give(open_page, cl
 
     page = open_page()
     give(page, CAT)
-    expect(told(page)).to_have_text(app.TELLER.tell(CAT)[0].caption, timeout=15_000)
+    expect(told(page)).to_have_text(app.TELLER.caption(CAT)[0].text, timeout=15_000)
     assert told(page).inner_text() == client.predict(handle_file(str(CAT)), api_name="/caption")[0]
     assert page.locator("#story").get_attribute("aria-live") == "polite"
     see(page, r"Told in \d")
@@ -105,7 +105,7 @@ def test_a_photo_gets_the_caption_that_the_api_and_the_module_give(open_page, cl
 def test_an_example_is_told_at_a_click_and_the_cross_clears_it(open_page, app):
     page = open_page()
     page.locator("#examples button, #examples .gallery-item").first.click()
-    expect(told(page)).to_have_text(app.TELLER.tell(app.EXAMPLES[0])[0].caption, timeout=15_000)
+    expect(told(page)).to_have_text(app.TELLER.caption(app.EXAMPLES[0])[0].text, timeout=15_000)
     page.get_by_label(re.compile("Clear|Remove")).first.click()
     expect(page.locator("#story em")).to_be_visible(timeout=15_000)
 
@@ -118,7 +118,7 @@ def test_another_search_tells_another_story(open_page, app):
         "#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]"
     )  # gradio 6, 5
     expect(rows).to_have_count(
-        len(app.TELLER.tell(CAT, beam_width=5)[0].alternatives), timeout=15_000
+        len(app.TELLER.caption(CAT, beam_width=5)[0].alternatives), timeout=15_000
     )
     page.get_by_text("How it searches").click()
     page.get_by_label("Greedy").first.check()
@@ -154,7 +154,7 @@ def test_several_photos_give_a_csv(open_page, app):
         page.get_by_role("link", name=re.compile(r"\d B")).click(timeout=20_000)
     with open(download.value.path(), newline="", encoding="utf-8") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == [
-            t.caption for t in app.TELLER.tell([CAT, COFFEE])
+            t.text for t in app.TELLER.caption([CAT, COFFEE])
         ]
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import storyteller_utils as st
+from support import begin_stage
 
 pytestmark = pytest.mark.fast
 
@@ -432,7 +433,9 @@ def test_off_kaggle_the_sample_is_drawn_once_and_named(here, monkeypatch):
 def test_a_folder_in_the_home_directory_may_be_named_with_a_tilde(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     dataset(here / "photos", "image,caption\ndog.jpg,A dog .\n")
-    assert st.start("01_extract_features", dataset_dir="~/photos").dataset.folder == here / "photos"
+    assert (
+        begin_stage("01_extract_features", dataset_dir="~/photos").dataset.folder == here / "photos"
+    )
 
 
 def test_on_kaggle_a_missing_dataset_says_how_to_add_it_and_draws_nothing(here, monkeypatch):

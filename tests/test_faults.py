@@ -4,9 +4,9 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from faults import Ground, can_mount
 
 import storyteller_utils as st
-from faults import Ground, can_mount
 
 FEW = {
     **{f"kill-{stage}-{i}": ("kill", stage) for stage in st.STAGES for i in range(2)},

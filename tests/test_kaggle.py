@@ -17,9 +17,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from local_kaggle import LocalKaggle
 
 import storyteller_utils as st
-from local_kaggle import LocalKaggle
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERMILL = [

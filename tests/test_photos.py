@@ -21,6 +21,7 @@ from PIL import Image, ImageFile
 from torch import nn
 
 import storyteller_utils as st
+from support import begin_stage
 
 CPU = torch.device("cpu")
 
@@ -564,7 +565,7 @@ def test_a_saved_copy_of_real_weights_keeps_its_stride(real, real_photos, tmp_pa
 
 
 def begun(data, **settings) -> st.Run:
-    return st.start(
+    return begin_stage(
         "01_extract_features",
         **{
             "dataset_dir": str(data),
@@ -834,7 +835,7 @@ def test_mirrored_photos_are_a_second_file_of_their_own_features(
     drawn, tmp_path, monkeypatch, flips
 ):
     monkeypatch.chdir(tmp_path)
-    run = st.start(
+    run = begin_stage(
         "01_extract_features",
         dataset_dir=str(drawn),
         backbone="efficientnet_lite0",

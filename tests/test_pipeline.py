@@ -129,7 +129,7 @@ def test_captions_collapse_when_the_features_are_shuffled_among_the_photos(insid
     bleu = {}
     for name, asked in (("own", rows), ("shuffled", np.roll(rows, len(rows) // 2))):
         told = [
-            teller.vocab.decode(h[0].ids) for h in st.tell_all(teller.captioner, features, asked)
+            teller.vocab.decode(h[0].ids) for h in st.generate(teller.captioner, features, asked)
         ]
         bleu[name] = st.score_captions(told, references)["BLEU-4"]["value"]
     assert bleu["shuffled"] < bleu["own"] / 2
@@ -177,14 +177,14 @@ def test_the_terminal_tells_what_the_module_tells(inside):
     photo = next(Path("outputs/sample_dataset/Images").glob("*.jpg"))
     caption = (
         st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")
-        .tell(photo, beam_width=5)[0]
-        .caption
+        .caption(photo, beam_width=5)[0]
+        .text
     )
     told = subprocess.run(
         [
             sys.executable,
             "storyteller_utils.py",
-            "tell",
+            "caption",
             photo,
             "--model",
             "outputs/03_train_dual_t4/model",

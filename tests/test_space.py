@@ -44,9 +44,9 @@ def photo(path):
 
 
 def test_the_page_tells_what_the_captioner_tells(client, app):
-    told = app.TELLER.tell(CAT)[0]
+    told = app.TELLER.caption(CAT)[0]
     caption, best, took = client.predict(photo(CAT), api_name="/caption")
-    assert caption == told.caption
+    assert caption == told.text
     assert [text for text, _ in best["data"]] == [text for text, _ in told.alternatives]
     assert best["data"][0][1] == pytest.approx(told.score, abs=1e-3)
     assert re.fullmatch(r"Told in \d+\.\d\d s", took)
@@ -54,10 +54,10 @@ def test_the_page_tells_what_the_captioner_tells(client, app):
 
 def test_every_control_reaches_the_search(client, app, monkeypatch):
     seen = {}
-    real = app.TELLER.tell
+    real = app.TELLER.caption
     monkeypatch.setattr(
         app.TELLER,
-        "tell",
+        "caption",
         lambda images, **options: seen.update(options) or real(images, **options),
     )
     asked = {
@@ -83,7 +83,7 @@ def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client,
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(CAT.read_bytes()[:200])
     table, file = client.predict([photo(CAT), photo(broken), photo(COFFEE)], api_name="/batch")
-    told = {path: app.TELLER.tell(path)[0].caption for path in (CAT, COFFEE)}
+    told = {path: app.TELLER.caption(path)[0].text for path in (CAT, COFFEE)}
     with open(file, newline="", encoding="utf-8") as opened:
         header, *rows = csv.reader(opened)
     assert header == table["headers"] == ["photo", "caption", "score", "problem"]
@@ -138,15 +138,15 @@ def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("/home/user/secret")
 
-    monkeypatch.setattr(app.TELLER, "tell", fail)
-    assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg could not be captioned."]
+    monkeypatch.setattr(app.TELLER, "caption", fail)
+    assert app.TELLER.caption_each([str(CAT)]) == ["cat.jpg could not be captioned."]
     assert "/home/user/secret" in capsys.readouterr().err
 
     def refuse(photos):
         raise ValueError(f"{photos[0]} is odd")
 
-    monkeypatch.setattr(app.TELLER, "tell", refuse)
-    assert app.TELLER.tell_each([str(CAT)]) == ["cat.jpg is odd"]
+    monkeypatch.setattr(app.TELLER, "caption", refuse)
+    assert app.TELLER.caption_each([str(CAT)]) == ["cat.jpg is odd"]
 
 
 def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, address, tmp_path):
@@ -169,7 +169,7 @@ def test_a_crowd_gets_the_captions_of_a_single_visitor_or_hears_that_the_queue_i
     with page(tmp_path) as (address, process):
         found = storm(address, photos, 6, process.pid)
     assert not found["errors"] and found["captions"] == {
-        p.name: {teller.tell(p)[0].caption} for p in photos
+        p.name: {teller.caption(p)[0].text} for p in photos
     }
     assert np.mean(found["memory"][-10:]) < 1.2 * np.mean(found["memory"][10:20])
 
@@ -204,7 +204,7 @@ def test_only_two_endpoints_are_public(client):
 
 def test_words_light_up_where_the_model_looked(app):
     told = dataclasses.replace(
-        app.TELLER.tell(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
+        app.TELLER.caption(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
     )
     page = st.attention_page(CAT, told, app.SQUASH)
     assert page.count("<input") == page.count("class='veil'") == 3 and page.count(" checked>") == 1
@@ -240,7 +240,7 @@ def test_on_zerogpu_the_batch_gets_the_gpu_and_elsewhere_nothing_changes(
     on_zerogpu = load_app()
     one = list(on_zerogpu.attempt_many([str(CAT)], {}))
     assert lent == ["attempt_many"] and app.GPU(max) is max
-    assert one[0][0].caption == next(app.attempt_many([str(CAT)], {}))[0].caption
+    assert one[0][0].text == next(app.attempt_many([str(CAT)], {}))[0].text
 
 
 # The folder ----------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_a_space_starts_without_network_and_captions_its_examples(space, tiny_mo
     captions = st.check_space(space)
     teller = st.Storyteller.from_pretrained(tiny_model)
     examples = sorted(p for p in (space / "examples").iterdir() if p.suffix == ".jpg")[:2]
-    assert captions == [told.caption for told in teller.tell(examples)]
+    assert captions == [told.text for told in teller.caption(examples)]
     assert listing(space) == before  # no caches left in what is pushed
 
 
@@ -599,8 +599,8 @@ def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
     }
     loaded = st.Storyteller.from_pretrained("me/captioner")
     assert (
-        loaded.tell(CAT)[0].caption
-        == st.Storyteller.from_pretrained(tiny_model).tell(CAT)[0].caption
+        loaded.caption(CAT)[0].text
+        == st.Storyteller.from_pretrained(tiny_model).caption(CAT)[0].text
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import storyteller_utils as st
+from support import begin_stage
 
 pytestmark = pytest.mark.fast
 
@@ -24,7 +25,7 @@ def data(here, drawn) -> str:
 
 def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **settings) -> dict:
     """Run a stage that leaves two files, and return its manifest."""
-    run = st.start(stage, dataset_dir=data, **settings)
+    run = begin_stage(stage, dataset_dir=data, **settings)
     for earlier in read:
         run.read(earlier)
     (run.out / "model").mkdir(exist_ok=True)
@@ -38,7 +39,7 @@ def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **set
 
 
 def test_a_stage_is_finished_by_its_manifest_alone(here, data):
-    run = st.start(VOCAB, dataset_dir=data)
+    run = begin_stage(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
     with pytest.raises(st.ArtifactError, match=f"No finished {VOCAB}(?s:.*)Run {VOCAB}.ipynb"):
         st.find_artifact(VOCAB)
@@ -51,7 +52,7 @@ def test_a_stage_is_finished_by_its_manifest_alone(here, data):
 
 
 def test_the_manifest_is_written_last_and_whole(here, data, monkeypatch):
-    run = st.start(VOCAB, dataset_dir=data)
+    run = begin_stage(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
 
     def refuse(*paths):
@@ -84,7 +85,7 @@ def test_the_manifest_lists_every_file_with_its_size_and_sha256(here, data):
 
 
 def test_hidden_leftovers_are_no_part_of_an_artifact(here, data):
-    run = st.start(VOCAB, dataset_dir=data)
+    run = begin_stage(VOCAB, dataset_dir=data)
     for name in (".DS_Store", "table.csv"):
         (run.out / name).write_text("x")
     run.finish()
@@ -93,7 +94,7 @@ def test_hidden_leftovers_are_no_part_of_an_artifact(here, data):
 
 
 def test_finishing_twice_leaves_a_valid_artifact(here, data):
-    run = st.start(VOCAB, dataset_dir=data)
+    run = begin_stage(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
     run.finish()
     (run.out / "table.csv").write_text("two\n")
@@ -122,7 +123,7 @@ def test_another_dataset_is_another_edition(here, data):
 def test_restarting_a_stage_makes_it_unfinished(here, data):
     finished(VOCAB, data)
     st.find_artifact(VOCAB)
-    st.start(VOCAB, dataset_dir=data)
+    begin_stage(VOCAB, dataset_dir=data)
     with pytest.raises(st.ArtifactError, match=f"No finished {VOCAB}"):
         st.find_artifact(VOCAB)
 
@@ -130,7 +131,7 @@ def test_restarting_a_stage_makes_it_unfinished(here, data):
 def test_settings_that_are_refused_leave_the_finished_stage_alone(here, data):
     finished(VOCAB, data)
     with pytest.raises(ValueError):
-        st.start(VOCAB, dataset_dir=data, min_count=0)
+        begin_stage(VOCAB, dataset_dir=data, min_count=0)
     st.find_artifact(VOCAB)
 
 
@@ -147,7 +148,7 @@ def test_what_finish_prints_names_the_files_and_the_next_notebook(here, data, ca
 def test_an_artifact_of_another_dataset_is_refused(here, data, drawn):
     finished(VOCAB, data)
     Path(data, "Images/scene_0001.jpg").unlink()
-    run = st.start(TRAIN, dataset_dir=data)
+    run = begin_stage(TRAIN, dataset_dir=data)
     with pytest.raises(
         st.ArtifactError,
         match=rf"(?s){VOCAB} was made from .*24 photos.*23 photos.*Run {VOCAB}\.ipynb again",
@@ -159,11 +160,11 @@ def test_an_artifact_built_on_another_edition_is_refused(here, data):
     finished(FEATURES, data)
     finished(VOCAB, data)
     finished(TRAIN, data, read=(FEATURES, VOCAB))
-    run = st.start(EVALUATE, dataset_dir=data)
+    run = begin_stage(EVALUATE, dataset_dir=data)
     for stage in (FEATURES, VOCAB, TRAIN):
         run.read(stage)
     finished(VOCAB, data, text="two\n")
-    run = st.start(EVALUATE, dataset_dir=data)
+    run = begin_stage(EVALUATE, dataset_dir=data)
     run.read(FEATURES)
     run.read(VOCAB)
     with pytest.raises(
@@ -177,7 +178,7 @@ def test_the_order_of_reading_does_not_matter_to_the_refusal(here, data):
     finished(FEATURES, data)
     finished(TRAIN, data, read=(FEATURES,))
     finished(FEATURES, data, text="two\n")
-    run = st.start(EVALUATE, dataset_dir=data)
+    run = begin_stage(EVALUATE, dataset_dir=data)
     run.read(TRAIN)
     with pytest.raises(
         st.ArtifactError, match=rf"{TRAIN} was built on another edition of {FEATURES}"
@@ -189,7 +190,7 @@ def test_05_refuses_a_score_of_another_model(here, data):
     finished(TRAIN, data)
     finished(EVALUATE, data, read=(TRAIN,))
     finished(TRAIN, data, text="two\n")
-    run = st.start(DEPLOY)
+    run = begin_stage(DEPLOY)
     run.read(TRAIN)
     with pytest.raises(st.ArtifactError, match=rf"Run {EVALUATE}\.ipynb again"):
         run.read(EVALUATE)
@@ -211,7 +212,7 @@ def _flip(path):
 @pytest.mark.parametrize("name", ["table.csv", "model/words.json"])
 def test_a_damaged_file_is_refused_by_name_with_the_stage_to_run(here, data, damage, name):
     finished(VOCAB, data)
-    run = st.start(TRAIN, dataset_dir=data)
+    run = begin_stage(TRAIN, dataset_dir=data)
     damage(here / "outputs" / VOCAB / name)
     with pytest.raises(st.ArtifactError, match=rf"{VOCAB}/{name} .*Run {VOCAB}\.ipynb again"):
         run.read(VOCAB)
@@ -240,7 +241,7 @@ def test_an_earlier_output_is_found_at_any_depth_below_kaggles_inputs(
 ):
     folder = mount(here, data, where)
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
-    run = st.start(TRAIN, dataset_dir=data)
+    run = begin_stage(TRAIN, dataset_dir=data)
     assert run.read(VOCAB).folder.resolve() == folder.resolve()
 
 
@@ -276,25 +277,25 @@ def test_inside_notebooks_a_stage_works_in_the_parent(here, data, monkeypatch):
     (here / "notebooks").mkdir()
     (here / "storyteller_utils.py").touch()
     monkeypatch.chdir(here / "notebooks")
-    st.start(VOCAB, dataset_dir="data")
+    begin_stage(VOCAB, dataset_dir="data")
     assert Path.cwd() == here and (here / "outputs" / VOCAB).is_dir()
 
 
 def test_a_folder_called_notebooks_of_another_project_is_left_alone(here, data, monkeypatch):
     (here / "notebooks").mkdir()
     monkeypatch.chdir(here / "notebooks")
-    st.start(VOCAB, dataset_dir=data)
+    begin_stage(VOCAB, dataset_dir=data)
     assert Path.cwd() == here / "notebooks" and (here / "notebooks/outputs" / VOCAB).is_dir()
 
 
 def test_the_backbone_follows_from_the_dataset(here, data, monkeypatch):
-    assert st.start(FEATURES, dataset_dir=data).settings.backbone == "resnet50"
+    assert begin_stage(FEATURES, dataset_dir=data).settings.backbone == "resnet50"
     assert (
-        st.start(FEATURES, dataset_dir=data, backbone="efficientnet_lite0").settings.backbone
+        begin_stage(FEATURES, dataset_dir=data, backbone="efficientnet_lite0").settings.backbone
         == "efficientnet_lite0"
     )
     monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
-    assert st.start(FEATURES).settings.backbone == "efficientnet_lite0"
+    assert begin_stage(FEATURES).settings.backbone == "efficientnet_lite0"
 
 
 # Settings
@@ -336,7 +337,7 @@ def test_a_setting_that_is_not_allowed_is_named_with_its_value(
 ):
     monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)  # where it fails, it shall fail soon
     with pytest.raises(ValueError) as error:
-        st.start(stage, **{setting: value})
+        begin_stage(stage, **{setting: value})
     assert setting in str(error.value) and repr(value) in str(error.value)
     assert not (here / "outputs").exists()
 
@@ -345,7 +346,7 @@ def test_a_setting_that_is_not_allowed_is_named_with_its_value(
 def test_an_unknown_setting_is_refused_by_its_name(here, monkeypatch, stage):
     monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
     with pytest.raises((ValueError, TypeError), match="bacth_size"):
-        st.start(stage, bacth_size=3)
+        begin_stage(stage, bacth_size=3)
 
 
 @pytest.mark.parametrize("stage", st.STAGES)
@@ -388,7 +389,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(here):
 
 
 def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
-    run = st.start(
+    run = begin_stage(
         FEATURES,
         dataset_dir=data,
         backbone="resnet50",
@@ -401,7 +402,7 @@ def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
 
 
 def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
-    run = st.start(
+    run = begin_stage(
         FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights="IMAGENET1K_V9"
     )
     with pytest.raises(ValueError, match="IMAGENET1K_V9.*IMAGENET1K_V2"):

@@ -272,39 +272,38 @@ def test_a_captioner_read_back_from_disk_tells_the_same(storyteller, saved):
         "vocab.json",
     ]
     again = st.Storyteller.from_pretrained(saved)
-    assert again.tell(some_images()) == storyteller.tell(some_images())
+    assert again.caption(some_images()) == storyteller.caption(some_images())
 
 
 def test_telling_photos_is_telling_their_features(storyteller):
     images = some_images()
-    assert storyteller.tell(images) == storyteller.tell_features(storyteller.extract(images))
+    assert storyteller.caption(images) == storyteller.caption_features(storyteller.extract(images))
 
 
 def test_paths_images_and_arrays_one_or_many_are_told_alike(storyteller, tmp_path):
     image = some_images()[0]
     image.save(tmp_path / "photo.png")
-    one = storyteller.tell(image)
+    one = storyteller.caption(image)
     assert len(one) == 1
-    for other in storyteller.tell(
+    for other in storyteller.caption(
         [tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]
     ):
         # Products of one row and of three round differently in the last digit.
         assert other.words == one[0].words and other.score == pytest.approx(one[0].score, rel=1e-5)
-    assert storyteller.tell([]) == []
+    assert storyteller.caption([]) == []
 
 
 def test_a_telling_has_sentence_score_words_and_alternatives(storyteller):
-    (telling,) = storyteller.tell(some_images()[0], beam_width=3)
+    (telling,) = storyteller.caption(some_images()[0], beam_width=3)
     assert (
-        telling.caption == st.detokenize(telling.words)
-        and st.tokenize(telling.caption) == telling.words
+        telling.text == st.detokenize(telling.words) and st.tokenize(telling.text) == telling.words
     )
     assert (
-        telling.alternatives[0] == (telling.caption, telling.score)
+        telling.alternatives[0] == (telling.text, telling.score)
         and 1 <= len(telling.alternatives) <= 3
     )
-    (greedy,) = storyteller.tell(some_images()[0], method="greedy")
-    assert greedy == storyteller.tell(some_images()[0], beam_width=1)[0]
+    (greedy,) = storyteller.caption(some_images()[0], method="greedy")
+    assert greedy == storyteller.caption(some_images()[0], beam_width=1)[0]
 
 
 def a_looking_teller(end=0.0):
@@ -320,7 +319,7 @@ def a_looking_teller(end=0.0):
 
 def test_a_decoder_with_attention_tells_where_each_word_looked():
     teller, features = a_looking_teller(), torch.randn(3, 49, 6)
-    for photo, telling in enumerate(teller.tell_features(features)):
+    for photo, telling in enumerate(teller.caption_features(features)):
         assert telling.attention.shape == (len(telling.words), 7, 7)
         np.testing.assert_allclose(telling.attention.sum((1, 2)), 1, rtol=1e-5)
         state, word = teller.captioner.start(features[photo : photo + 1]), st.START
@@ -337,7 +336,7 @@ def test_every_telling_has_a_word_however_it_is_sampled_or_searched():
         {"beam_width": 3},
         {"method": "greedy"},
     ):
-        for told in teller.tell_features(features, **options):
+        for told in teller.caption_features(features, **options):
             assert len(told.words) == len(told.attention) == 1
 
 
@@ -345,10 +344,10 @@ def test_every_telling_has_a_word_however_it_is_sampled_or_searched():
 @pytest.mark.parametrize("length", [3, 2 * st.MAX_WORDS])
 def test_captions_may_be_shorter_or_longer_than_usual(method, length):
     teller, limits = a_looking_teller(end=-50), {"no_repeat": 0} if method == "beam" else {}
-    (told,) = teller.tell_features(torch.randn(1, 49, 6), method, max_length=length, **limits)
+    (told,) = teller.caption_features(torch.randn(1, 49, 6), method, max_length=length, **limits)
     assert len(told.words) == length and told.attention.shape == (length, 7, 7)
     with pytest.raises(TypeError, match="max_lenth"):
-        teller.tell_features(torch.randn(1, 49, 6), method, max_lenth=3)
+        teller.caption_features(torch.randn(1, 49, 6), method, max_lenth=3)
 
 
 @pytest.mark.parametrize(
@@ -356,13 +355,13 @@ def test_captions_may_be_shorter_or_longer_than_usual(method, length):
 )
 def test_a_wrong_option_is_named(storyteller, options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        storyteller.tell(some_images(), **options)
+        storyteller.caption(some_images(), **options)
 
 
 def test_a_photo_that_cannot_be_read_is_named(storyteller, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
     with pytest.raises(ValueError, match="bad.jpg"):
-        storyteller.tell(tmp_path / "bad.jpg")
+        storyteller.caption(tmp_path / "bad.jpg")
 
 
 def break_vocabulary(folder):
@@ -475,7 +474,7 @@ def test_the_weights_of_another_backbone_are_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"backbone_sha256": "0" * 64}))
     with pytest.raises(st.ArtifactError, match="not those that this captioner was trained with"):
-        st.Storyteller.from_pretrained(saved).tell(some_images())
+        st.Storyteller.from_pretrained(saved).caption(some_images())
 
 
 def test_the_terminal_tells_photos_and_names_those_it_cannot_read(
@@ -485,7 +484,15 @@ def test_the_terminal_tells_photos_and_names_those_it_cannot_read(
     (tmp_path / "bad.jpg").write_bytes(b"")
     monkeypatch.setattr(
         "sys.argv",
-        ["st", "tell", str(tmp_path), "--model", str(saved), "--csv", str(tmp_path / "told.csv")],
+        [
+            "st",
+            "caption",
+            str(tmp_path),
+            "--model",
+            str(saved),
+            "--csv",
+            str(tmp_path / "told.csv"),
+        ],
     )
     with pytest.raises(SystemExit, match="1 of 2 photos"):
         st.main()

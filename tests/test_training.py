@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import storyteller_utils as st
+from support import begin_stage
 
 SMALL = {"epochs": 3, "batch_size": 32, "precision": "float32"}
 
@@ -30,7 +31,7 @@ def project(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     st.draw_sample_dataset(Path("drawn"), images=60, size=(64, 48))
-    run = st.start("02_vocab", dataset_dir="drawn", min_count=2)
+    run = begin_stage("02_vocab", dataset_dir="drawn", min_count=2)
     captions = st.read_captions(run.dataset)
     split_of = st.split_photos(list(run.dataset.photos), 13)
     st.write_csv(
@@ -46,7 +47,7 @@ def project(tmp_path_factory):
     )
     vocab.save(run.out / "vocab.json")
     run.finish()
-    run = st.start("01_extract_features", dataset_dir="drawn", backbone="efficientnet_lite0")
+    run = begin_stage("01_extract_features", dataset_dir="drawn", backbone="efficientnet_lite0")
     generator = np.random.default_rng(0)
     bags = np.array(
         [
@@ -70,7 +71,7 @@ def here(project, monkeypatch):
 
 
 def begin(**settings):
-    run = st.start("03_train_dual_t4", dataset_dir="drawn", **SMALL | settings)
+    run = begin_stage("03_train_dual_t4", dataset_dir="drawn", **SMALL | settings)
     for stage in st.STAGES[run.stage]:
         run.read(stage)
     return run
@@ -459,7 +460,7 @@ def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
     ):
         st.train(begin(epochs=2, max_hours=1e-6))
     with pytest.raises(st.ArtifactError, match="03_train_dual_t4 stopped before it was finished"):
-        st.start("04_evaluate", dataset_dir="drawn").read("03_train_dual_t4")
+        begin_stage("04_evaluate", dataset_dir="drawn").read("03_train_dual_t4")
     begin(epochs=2).finish()
     assert (
         "is not finished" in capsys.readouterr().out

@@ -349,7 +349,7 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     def ours(count):
         return [
             found[0].ids
-            for found in st.tell_all(captioner, features, rows[:count], beam_width=width, **PLAIN)
+            for found in st.generate(captioner, features, rows[:count], beam_width=width, **PLAIN)
         ]
 
     def theirs():
@@ -439,10 +439,10 @@ def one_photo(
     own = teller.extract([path])[:, 0]
     alike = float(torch.cosine_similarity(own, features()))
     same(f"features of {backbone}, cosine {alike:.5f}", alike >= least)
-    same(f"caption on {backbone}", teller.tell(path, **PLAIN)[0].words == caption(own))
+    same(f"caption on {backbone}", teller.caption(path, **PLAIN)[0].words == caption(own))
     took = interleave(
         2 * s.rounds + 1,
-        lambda: teller.tell(path, **PLAIN),
+        lambda: teller.caption(path, **PLAIN),
         lambda: caption(features()),
         lambda: teller.backbone(ready, 1),
     )

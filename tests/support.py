@@ -1,0 +1,32 @@
+"""Run stages in tests as their notebooks do, with the defaults that stand in their parameter cells."""
+
+from functools import cache
+from pathlib import Path
+
+import nbformat
+
+import storyteller_utils as st
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def _cell(stage: str) -> str:
+    notebook = nbformat.read(ROOT / f"notebooks/{stage}.ipynb", as_version=4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    return cell.source
+
+
+def parameters(stage: str, **changes) -> dict:
+    """Return a stage's parameters as its notebook has them, but for `changes`."""
+    values: dict = {}
+    exec(_cell(stage), values)
+    values = {name: value for name, value in values.items() if not name.startswith("__")}
+    if unknown := changes.keys() - values.keys():
+        raise ValueError(f"{stage} has no parameter {', '.join(sorted(unknown))}")
+    return values | changes
+
+
+def begin_stage(stage: str, **changes) -> st.Run:
+    """Start a stage with its notebook's parameters, but for `changes`."""
+    return st.start(stage, parameters(stage, **changes))
