@@ -2210,11 +2210,6 @@ def extract(run: Run) -> dict:
     return {**facts, "skipped": len(read_table(run.out / "skipped.csv"))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Features:
     """The features of all photos, kept where they are cheapest to read and handed out in batches on the device.
 
@@ -2288,6 +2283,11 @@ class Features:
                 "Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'."
             )
         return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Batches
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class CaptionBatches:
