@@ -1,4 +1,7 @@
-"""What the tests share: no network, no GPU needed, a small drawn dataset, and ../shared where there is one."""
+"""What the tests share.
+
+No network, no GPU needed, a small drawn dataset, and ../shared where there is one.
+"""
 
 import importlib.util
 import os
@@ -41,17 +44,20 @@ def _local(address) -> bool:
     )
 
 
+def _guarded(real):
+    def connect(self, address):
+        if not _local(address):
+            raise OSError(f"a test tried to reach {address}")
+        return real(self, address)
+
+    return connect
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path_factory):
-    """Refuse every connection that leaves this machine, and be off Kaggle until a test says otherwise."""
+    """Refuse every connection that leaves this machine; be off Kaggle unless a test says so."""
     for name in ("connect", "connect_ex"):
-
-        def guarded(self, address, real=getattr(socket.socket, name)):
-            if not _local(address):
-                raise OSError(f"a test tried to reach {address}")
-            return real(self, address)
-
-        monkeypatch.setattr(socket.socket, name, guarded)
+        monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
 
     def resolve(host, *args, real=socket.getaddrinfo, **more):
         if host is not None and not _local((host.decode() if isinstance(host, bytes) else host,)):
@@ -75,7 +81,10 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real photos and weights beside the project; tests that need it are skipped without it."""
+    """The folder of real photos and weights beside the project.
+
+    Tests that need it are skipped without it.
+    """
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(f"{folder}, which holds real photos and weights, is not on this machine")
@@ -88,11 +97,12 @@ def drawn(tmp_path_factory) -> Path:
     return st.draw_sample_dataset(tmp_path_factory.mktemp("drawn") / "sample", images=24, seed=5)
 
 
-# The page (test_space.py, test_browser.py) ----------------------------------------------------------------------------
+# The page (test_space.py, test_browser.py)
+# ----------------------------------------------------------------------------
 
 
 def look_around(words):
-    """Attention over the 7x7 grid that wanders from corner to corner, for decoders that have none of their own."""
+    """Attention weights that wander over the 7x7 grid, for decoders that have none of their own."""
     y, x = np.mgrid[0:7, 0:7]
     maps = [
         np.exp(-((x - 6 * (i % 2)) ** 2 + (y - 6 * (i // 2 % 2)) ** 2) / 4.0)
@@ -103,12 +113,13 @@ def look_around(words):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A captioner of 23 words with random weights, which never ends a sentence: quick, and different for each photo."""
+    """A captioner of 23 words with random weights, which never ends a sentence.
+
+    Quick, and different for each photo.
+    """
     torch.manual_seed(0)
-    words = (
-        "a brown dog runs on the grass two men sit in snow red bird flies over blue water".split()
-    )
-    vocab = st.Vocab([*st.SPECIAL, *sorted(set(words))])
+    text = "a brown dog runs on the grass two men sit in snow red bird flies over blue water"
+    vocab = st.Vocab([*st.SPECIAL, *sorted(set(text.split()))])
     backbone, sizes = st.load_backbone("efficientnet_lite0"), {"embedding": 16, "hidden": 32}
     width = backbone.width
     captioner = st.Captioner(

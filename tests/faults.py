@@ -1,8 +1,10 @@
-"""Disturb every stage and see that nothing is lost: `make faults`; test_faults.py does a few of each kind.
+"""Disturb every stage and see that nothing is lost: `make faults`; test_faults.py does a few of
+each kind.
 
-A stage is what its notebook's cells do, run as a program of their own on 40 drawn photos. After each fault, the stage is
-run again (after damage to what it leaves, the next stage): either the result equals the undisturbed one's, or one message
-names the file and says what to do. Moments and bytes are drawn from a seed.
+A stage is what its notebook's cells do, run as a program of their own on 40 drawn photos. After
+each fault, the stage is run again (after damage to what it leaves, the next stage): either the
+result equals the undisturbed one's, or one message names the file and says what to do. Moments and
+bytes are drawn from a seed.
 """
 
 import collections
@@ -28,7 +30,7 @@ import storyteller_utils as st  # noqa: E402
 
 SEED, PHOTOS, KILLS = 13, 40, 20
 SETTINGS = {
-    "01_extract_features": "backbone = 'efficientnet_lite0'; batch_size = 4; dataset_dir = 'dataset'",
+    "01_extract_features": "dataset_dir='dataset'; backbone='efficientnet_lite0'; batch_size=4",
     "02_vocab": "min_count = 1; dataset_dir = 'dataset'",
     "03_train_dual_t4": "epochs = 3; dataset_dir = 'dataset'",
     "04_evaluate": "dataset_dir = 'dataset'",
@@ -39,7 +41,10 @@ SLOW = 180
 
 @dataclass
 class Outcome:
-    """What came of a fault: "same" as undisturbed, "refused" with a message, or "lost", and the output that shows it."""
+    """What came of a fault.
+
+    "same" as undisturbed, "refused" with a message, or "lost", and the output that shows it.
+    """
 
     kind: str
     stage: str
@@ -49,7 +54,7 @@ class Outcome:
 
 
 def program(stage: str) -> str:
-    """Return the cells of a stage's notebook as a program, with this test's settings after its own."""
+    """Return a stage's notebook as a program, with this test's settings after its own."""
     cells = nbformat.read(ROOT / f"notebooks/{stage}.ipynb", 4).cells
     code = [
         (cell.source, cell.metadata.get("tags", [])) for cell in cells if cell.cell_type == "code"
@@ -60,7 +65,10 @@ def program(stage: str) -> str:
 
 
 def counts(folder: Path, stage: str) -> dict:
-    """Return what a finished stage is held to: all of its files but the seconds that some of them tell."""
+    """Return what a finished stage is held to.
+
+    All of its files but the seconds that some of them tell.
+    """
     out, found = folder / "outputs" / stage, {}
     for path in sorted(
         p
@@ -116,7 +124,10 @@ class Ground:
     def run(
         self, folder: Path, stage: str, after: float | None = None, only_notebook: bool = False
     ) -> tuple[int, str, float]:
-        """Run a stage's cells; SIGKILL it `after` seconds of work, its worker too or not. Returns status, output, seconds."""
+        """Run a stage's cells.
+
+        SIGKILL it `after` seconds of work, its worker too or not. Returns status, output, seconds.
+        """
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -154,7 +165,10 @@ class Ground:
         return process.returncode, output.decode(errors="replace"), time.monotonic() - began
 
     def judge(self, folder: Path, stage: str, names: str = "") -> tuple[str, str]:
-        """Run a stage after a fault. Returns "same", "refused" (by a message that has `names`) or "lost", and its output."""
+        """Run a stage after a fault.
+
+        Returns "same", "refused" (by a message that has `names`) or "lost", and its output.
+        """
         status, output, _ = self.run(folder, stage)
         if status == 0:
             return "same" if counts(folder, stage) == self.expected[stage] else "lost", output
@@ -179,7 +193,10 @@ class Ground:
             return Outcome("kill", stage, what, came if came == "same" else "lost", output)
 
     def leftover(self, stage: str, rng: random.Random) -> Outcome:
-        """SIGKILL, then a flipped byte in something that the killed run left; a second run after a message must be well."""
+        """SIGKILL, then a flipped byte in something that the killed run left.
+
+        A second run after a message must be well.
+        """
         with self.copy(*st.STAGES[stage]) as folder:
             self.run(folder, stage, rng.uniform(0.2, 0.9) * self.seconds[stage])
             left = [
@@ -234,7 +251,10 @@ class Ground:
             )
 
     def damaged(self, stage: str, name: str, rng: random.Random) -> Outcome:
-        """Truncate a file of a finished stage, or flip a byte of it; then run the first stage that reads it."""
+        """Truncate a file of a finished stage, or flip a byte of it.
+
+        Then run the first stage that reads it.
+        """
         reader = next(later for later, reads in st.STAGES.items() if stage in reads)
         with self.copy(*st.STAGES[reader]) as folder:
             what = damage(folder / "outputs" / stage / name, rng)
@@ -244,7 +264,7 @@ class Ground:
     def two(self, stage: str, rng: random.Random) -> Outcome:
         """Run a stage twice at once in one folder: the second is refused, or both end right."""
         with self.copy(*st.STAGES[stage]) as folder, ThreadPoolExecutor(2) as pool:
-            runs = [result for result in pool.map(lambda _: self.run(folder, stage), range(2))]
+            runs = list(pool.map(lambda _: self.run(folder, stage), range(2)))
             refused = [
                 output for status, output, _ in runs if status and "Another run works in" in output
             ]
@@ -286,7 +306,10 @@ def can_mount() -> bool:
 
 @contextlib.contextmanager
 def disk(folder: Path, size: int):
-    """Put a disk of so many bytes at `folder`. Yields a function that changes it: "size=1g", "ro"."""
+    """Put a disk of so many bytes at `folder`.
+
+    Yields a function that changes it: "size=1g", "ro".
+    """
     folder.mkdir(parents=True)
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(folder)], check=True
@@ -337,7 +360,8 @@ def main() -> None:
             if outcome.came == "lost":
                 print(outcome.output[-3000:])
     print(
-        f"\n| fault | tried | same result | refused by a message | lost |\n|---|---|---|---|---|  ({time.monotonic() - began:.0f} s)"
+        f"\n{time.monotonic() - began:.0f} s\n\n"
+        "| fault | tried | same result | refused by a message | lost |\n|---|---|---|---|---|"
     )
     for kind in dict.fromkeys(kind for kind, _ in table):
         ends = [table[kind, came] for came in ("same", "refused", "lost")]

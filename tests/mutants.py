@@ -1,8 +1,8 @@
 """Plant one bug at a time and see that the fast tests catch it: what `make mutants` does.
 
-A bug is a change of a function's syntax tree, so that neither layout nor comments matter to it. Ends
-with "caught N of 20"; exit 1 below 19. Two at a time, each in a copy of the project, with the tests
-marked `fast`.
+A bug is a change of a function's syntax tree, so that neither layout nor comments matter to it.
+Ends with "caught N of 20"; exit 1 below 19. Two at a time, each in a copy of the project, with the
+tests marked `fast`.
 """
 
 import ast
@@ -172,7 +172,10 @@ MUTANTS = [
 
 
 def fast_tests(module: str) -> tuple[bool, float, str]:
-    """Run the fast tests on this text of the module. Returns whether they passed, the seconds, and their last line."""
+    """Run the fast tests on this text of the module.
+
+    Returns whether they passed, the seconds, and their last line.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy, began = Path(folder) / "project", time.monotonic()
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs", "__pycache__"))

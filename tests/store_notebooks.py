@@ -1,6 +1,8 @@
-"""Run the five notebooks on the drawn sample and store them with their outputs; what `make notebooks` does.
+"""Run the five notebooks on the drawn sample and store them with their outputs; what `make
+notebooks` does.
 
-Progress bars are left out (they hold timings), and so is what differs from machine to machine in a stored notebook.
+Progress bars are left out (they hold timings), and so is what differs from machine to machine in a
+stored notebook.
 """
 
 import shutil
@@ -18,7 +20,7 @@ import storyteller_utils as st  # noqa: E402
 
 
 def cleaned(notebook):
-    """Return the executed notebook without progress bars, execution metadata and what papermill adds."""
+    """Return the executed notebook without progress bars and what papermill adds."""
     notebook.cells = [
         cell
         for cell in notebook.cells

@@ -1,4 +1,7 @@
-"""The five notebooks by papermill, in an empty folder, on the drawn sample; and a small run on real photos."""
+"""The five notebooks by papermill, in an empty folder, on the drawn sample.
+
+And a small run on real photos.
+"""
 
 import json
 import os
@@ -196,7 +199,10 @@ def test_the_terminal_tells_what_the_module_tells(inside):
 
 
 def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folder(inside):
-    """nbval runs in notebooks/, as Jupyter and VS Code do; the outputs it compares are those that papermill stored."""
+    """nbval runs in notebooks/, as Jupyter and VS Code do.
+
+    The outputs it compares are those that papermill stored.
+    """
     before = {
         stage: st.find_artifact(stage).manifest["edition"]
         for stage in ("01_extract_features", "02_vocab")
@@ -241,7 +247,10 @@ def test_the_stored_notebooks_show_what_they_still_print(executed):
 
 
 def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
-    """Four hundred photos of Flickr8k, ResNet50, two epochs: far from good, but it looks at the photo."""
+    """Four hundred photos of Flickr8k, ResNet50, two epochs.
+
+    Far from good, but it looks at the photo.
+    """
     copy_project(tmp_path)
     photos = {"dataset_dir": shared / "flickr8k", "max_photos": 400}
     papermill(

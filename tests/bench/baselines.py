@@ -1,6 +1,8 @@
-"""Captioning as published notebooks do it: Pillow, eager float32, padding to 50, one photo and one beam at a time.
+"""Captioning as published notebooks do it: Pillow, eager float32, padding to 50, one photo and one
+beam at a time.
 
-Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our results to theirs.
+Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our
+results to theirs.
 """
 
 import math
@@ -59,7 +61,7 @@ def extract(network, paths, device, how):
     for images, names in DataLoader(
         Photos(paths, how), batch_size=32, num_workers=min(4, os.cpu_count() or 1)
     ):
-        for name, row in zip(names, network(images.to(device)).cpu().numpy()):
+        for name, row in zip(names, network(images.to(device)).cpu().numpy(), strict=True):
             features[name] = row
     return features
 
@@ -127,7 +129,10 @@ def train_step(model, optimizer, features, ids):
 
 
 class Attention:
-    """The attention decoder, on the same weights: the grid is projected anew for every word, as most notebooks do."""
+    """The attention decoder, on the same weights.
+
+    The grid is projected anew for every word, as most notebooks do.
+    """
 
     def __init__(self, decoder):
         self.d = decoder
@@ -174,7 +179,10 @@ def greedy(decoder, feature, max_length=30):
 
 @torch.no_grad()
 def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
-    """Tell one photo (1, ...), beam by beam; the rules are those of the module's `beam_search`. Returns ids."""
+    """Tell one photo (1, ...), beam by beam.
+
+    The rules are those of the module's `beam_search`. Returns ids.
+    """
     beams, pool = [([], 0.0, decoder.begin(feature))], []
     for length in range(1, max_length + 1):
         found = []
@@ -184,7 +192,7 @@ def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
             )
             values, words = log_probs.topk(width + 1)
             for i in range(width + 1):
-                found.append((ids + [words[i].item()], total + values[i].item(), after))
+                found.append(([*ids, words[i].item()], total + values[i].item(), after))
         found.sort(key=lambda one: -one[1])
         beams = [one for one in found if one[0][-1] != END][:width]
         ended = [one for one in found if one[0][-1] == END]

@@ -1,9 +1,11 @@
-"""Compare each step with how published notebooks do it, on this machine and the same data: `make bench`.
+"""Compare each step with how published notebooks do it, on this machine and the same data: `make
+bench`.
 
     python tests/bench/bench.py [--only NAME ...] [--quick]
 
-Prints one table, writes outputs/bench/bench.json and bench.png, exits 1 when a target is missed. README.md says what is
-measured and how. A result that differs from the baseline's is an error, not a missed target.
+Prints one table, writes outputs/bench/bench.json and bench.png, exits 1 when a target is missed.
+README.md says what is measured and how. A result that differs from the baseline's is an error, not
+a missed target.
 """
 
 import argparse
@@ -26,19 +28,27 @@ os.environ.setdefault(
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-import baselines
-import numpy as np
-import torch
-from material import DEVICE, DTYPE, REASON, VOCABULARY, Material, random_captioner, random_captions
+import baselines  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from material import (  # noqa: E402
+    DEVICE,
+    DTYPE,
+    REASON,
+    VOCABULARY,
+    Material,
+    random_captioner,
+    random_captions,
+)
 
-import storyteller_utils as st
+import storyteller_utils as st  # noqa: E402
 
 FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = (
     31_783,
     25_426,
     3_179,
 )  # all; of them to train on; to test on
-HALF = DTYPE != torch.float32
+HALF = torch.float32 != DTYPE
 PLAIN = {
     "length_preference": 0.7,
     "no_repeat": 0,
@@ -82,17 +92,23 @@ def seconds(call) -> float:
 
 
 def interleave(rounds: int, *calls, warm_up: int | None = None) -> list[float]:
-    """Run all (the first `warm_up`) calls once unmeasured, then all in turn, round after round: median seconds each."""
+    """Run all (the first `warm_up`) calls once unmeasured, then all in turn, round after round.
+
+    Median seconds each.
+    """
     for call in calls[:warm_up]:
         call()
     return [
         statistics.median(times)
-        for times in zip(*([seconds(call) for call in calls] for _ in range(rounds)))
+        for times in zip(*([seconds(call) for call in calls] for _ in range(rounds)), strict=True)
     ]
 
 
 def row(name: str, unit: str, ours: float, baseline=None, limit=None, target: str = "") -> dict:
-    """Make a row of the table; `target` is a condition on its fields. Whatever the unit, a ratio above 1 is faster."""
+    """Make a row of the table.
+
+    `target` is a condition on its fields. Whatever the unit, a ratio above 1 is faster.
+    """
     times = (lambda a, b: a / b) if unit.endswith("/s") else (lambda a, b: b / a)
     return {
         "name": name,
@@ -123,7 +139,7 @@ def growth(
     took = interleave(
         min(sizes.rounds, 3), *[functools.partial(work, count) for count in counts], warm_up=1
     )
-    each = [1000 * s / count for s, count in zip(took, counts)]
+    each = [1000 * s / count for s, count in zip(took, counts, strict=True)]
     grown = [
         row(
             f"{name}, {times}x the work",
@@ -132,7 +148,7 @@ def growth(
             each[0],
             target=f"ratio >= {1 / 1.15:.2f}",
         )
-        for times, one in zip(sizes.growth[1:], each[1:])
+        for times, one in zip(sizes.growth[1:], each[1:], strict=True)
     ]
     return [
         *grown,
@@ -141,7 +157,7 @@ def growth(
 
 
 def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, gradients: bool = False):
-    """Return a call that does nothing but matrix products (rows, inner, columns), with both gradients if wanted."""
+    """Return a call of matrix products (rows, inner, columns), with both gradients if asked."""
     most, widths = max(rows for rows, _, _ in shapes), {n for shape in shapes for n in shape[1:]}
     left = {n: torch.randn(most, n, dtype=dtype, device=DEVICE) for n in widths}
     weights = {
@@ -240,7 +256,10 @@ def decoding(m: Material, s: Sizes):
         for path in m.photos
     ]
     apart = np.mean(
-        [np.abs(a.permute(1, 2, 0).numpy() - b).mean() for a, b in zip(ours(len(levels)), levels)]
+        [
+            np.abs(a.permute(1, 2, 0).numpy() - b).mean()
+            for a, b in zip(ours(len(levels)), levels, strict=True)
+        ]
     )
     same(f"pixels, {apart:.2f} levels apart", apart <= 2)
     threads = torch.get_num_threads()
@@ -292,12 +311,14 @@ def training(m: Material, s: Sizes):
             trainer.train_step(batch, step)
 
     def theirs():
-        for _, (features, ids) in zip(range(s.plain_batches), loader):
+        for _, (features, ids) in zip(range(s.plain_batches), loader, strict=False):
             baselines.train_step(model, optimizer, features.to(DEVICE), ids.to(DEVICE))
 
     middle = some(1)[0]
     with torch.no_grad():
-        features, ids = (torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in middle)))
+        features, ids = (
+            torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in middle), strict=True)
+        )
         loss = float(baselines.loss(model, features, ids))
     for one, within in ((exact, 1e-5), (trainer, 0.01 if HALF else 1e-5)):
         own = float(one._forward(one.captioner, *one._captions("train", middle))[1]) / (
@@ -319,7 +340,10 @@ def training(m: Material, s: Sizes):
     yield row(
         "training, the original's model",
         "captions/s",
-        *(64 * n / one for n, one in zip((s.batches, s.plain_batches, s.batches), took)),
+        *(
+            64 * n / one
+            for n, one in zip((s.batches, s.plain_batches, s.batches), took, strict=True)
+        ),
         f"ratio >= {6 if HALF else 4}",
     )
     yield from growth(
@@ -334,7 +358,10 @@ def training(m: Material, s: Sizes):
 
 
 def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: str):
-    """Search on features that are there: ours in batches, theirs photo by photo, on the same weights."""
+    """Search on features that are there.
+
+    Ours in batches, theirs photo by photo, on the same weights.
+    """
     captioner = random_captioner(decoder, 2048)
     pooled, plain = captioner.decoder.pooled, baselines.Attention(captioner.decoder)
     if pooled:
@@ -369,7 +396,7 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
 def step_shapes(
     captioner: st.Captioner, features: torch.Tensor, width: int
 ) -> list[tuple[int, int, int]]:
-    """List the products with the weights of a step (the LSTM's and the output's) that searching these photos takes."""
+    """List the matrix products (the LSTM's, the output's) that searching these photos takes."""
     rows, step, d = [], captioner.step, captioner.decoder
     captioner.step = lambda words, state: rows.append(len(words)) or step(words, state)
     st.beam_search(captioner, features, width, **PLAIN)
@@ -481,7 +508,9 @@ def cider(m: Material, s: Sizes):
 def start(m: Material, s: Sizes):
     """Import and load, each in a fresh process."""
     code = (
-        "import sys, time; t = [time.perf_counter()]; mark = lambda: t.append(time.perf_counter())\n"
+        "import sys, time\n"
+        "t = [time.perf_counter()]\n"
+        "mark = lambda: t.append(time.perf_counter())\n"
         "import torch, numpy; mark()\nimport storyteller_utils as st; mark()\n"
         "st.Storyteller.from_pretrained(sys.argv[1]).backbone; mark()\nprint(*t)"
     )
@@ -496,11 +525,16 @@ def start(m: Material, s: Sizes):
 
 
 def memory(m: Material, s: Sizes):
-    """Extraction's peak memory, each in a fresh process: it does not grow with the number of photos."""
+    """Extraction's peak memory, each in a fresh process.
+
+    It does not grow with the number of photos.
+    """
     # Not ru_maxrss: a process begins with that of the one that started it.
     code = (
-        "import json, sys\nimport storyteller_utils as st\nst.extract_worker(json.loads(sys.argv[1]))\n"
-        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+        "import json, sys\nimport storyteller_utils as st\n"
+        "st.extract_worker(json.loads(sys.argv[1]))\n"
+        "status = open('/proc/self/status')\n"
+        "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))"
     )
     peaks, settings = [], asdict(st.ExtractSettings(backbone="efficientnet_lite0"))
     for count in s.memory:
@@ -548,7 +582,8 @@ def machine() -> str:
         "CPU"
     ]
     gpu = f", {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else ""
-    return f"{len(names)} x {names[0]}{gpu}, torch {torch.__version__}, {REASON}, load {os.getloadavg()[0]:.1f}"
+    load = os.getloadavg()[0]
+    return f"{len(names)} x {names[0]}{gpu}, torch {torch.__version__}, {REASON}, load {load:.1f}"
 
 
 def table(rows: list[dict]) -> str:

@@ -1,4 +1,7 @@
-"""What the comparisons work on: drawn photos, networks of random weights, captions as long as Flickr30k's."""
+"""What the comparisons work on.
+
+Drawn photos, networks of random weights, captions as long as Flickr30k's.
+"""
 
 import functools
 from dataclasses import asdict
@@ -34,9 +37,11 @@ class Material:
 
     @functools.cached_property
     def weights(self) -> str:
-        """A random ResNet50 that tells photos apart: BatchNorm set on four of them, branches of weight 1/4.
+        """A random ResNet50 that tells photos apart: BatchNorm set on four of them, branches of
+        weight 1/4.
 
-        With torchvision's own random weights, all features are alike; without the 1/4, rounding grows from block to
+        With torchvision's own random weights, all features are alike; without the 1/4, rounding
+        grows from block to
         block as it does in no trained network.
         """
         torch.manual_seed(0)
@@ -83,7 +88,10 @@ class Material:
         return self.folder / backbone
 
     def trainer(self, precision: str, photos: int) -> st.Trainer:
-        """Lay out what 01 and 02 leave, with random features and captions; make 03's trainer on it, without dropout."""
+        """Lay out what 01 and 02 leave, with random features and captions.
+
+        Make 03's trainer on it, without dropout.
+        """
         folder = self.folder / "training"
         if not folder.exists():
             folder.mkdir()
@@ -114,7 +122,7 @@ def words() -> list[str]:
 
 
 def random_captions(count: int, seed: int) -> list[list[str]]:
-    """Draw captions as long as Flickr30k's (mean 12.2 words, one in twenty over 22), of words as unequally frequent."""
+    """Draw captions as Flickr30k's: mean 12.2 words, one in twenty over 22, common words first."""
     rng, known = np.random.default_rng(seed), words()
     lengths = np.exp(rng.normal(2.417, 0.41, count)).round().clip(3, 48).astype(int)
     chance = 1 / (np.arange(len(known)) + 2.7)
@@ -126,7 +134,8 @@ def random_captions(count: int, seed: int) -> list[list[str]]:
 def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
     """Make a captioner of random weights that ends its captions after about 12 words.
 
-    Its first hidden unit is a clock, which makes <end> likelier from word to word; the output is scaled up, so that
+    Its first hidden unit is a clock, which makes <end> likelier from word to word; the output is
+    scaled up, so that
     words differ in probability as a trained captioner's do.
     """
     torch.manual_seed(0)
