@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lint demo notebooks kaggle bench faults load mutants clean
+.PHONY: help run test lint demo notebooks kaggle bench faults load mutants rehearsal test-kaggle gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
@@ -62,6 +62,9 @@ bench: $(VENV)/test  ## every step against how published notebooks do it, on thi
 
 faults: $(VENV)/test  ## kill, starve and damage every stage, and see that nothing is lost
 	$(BIN)/python tests/faults.py
+
+rehearsal: $(VENV)/test  ## all five notebooks at Flickr30k's full size: seconds, silence, memory, disk
+	$(BIN)/python tests/rehearsal.py
 
 load: $(VENV)/test  ## thirty-two visitors at once for a minute: errors, memory, waiting times
 	$(BIN)/python tests/load.py
