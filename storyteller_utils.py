@@ -36,6 +36,7 @@ from functools import cache, cached_property, partial, reduce
 from operator import or_
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -2338,10 +2339,22 @@ class CaptionBatches:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class State(NamedTuple):
+    """What a decoder carries from one word to the next; the first axis of every tensor is the batch.
+
+    photo    of the photos (B rows), made once by `start`; all captions of a photo share its row
+    caption  of the captions so far, made anew by each `step`: with K captions a photo they have B*K rows, those of one
+             photo next to each other. "weights" (B*K, R), if there, are the attention weights of the last step
+    """
+
+    photo: dict[str, Tensor]
+    caption: dict[str, Tensor]
+
+
 class PooledLSTM(nn.Module):
     """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
 
-    As in "Show and Tell" (Vinyals et al., 2015), but that the photo enters as the state and not as the first word.
+    As in "Show and Tell" (Vinyals et al., 2015), except that the photo enters as the state, not as the first word.
     """
 
     pooled = True
@@ -2361,37 +2374,38 @@ class PooledLSTM(nn.Module):
         self.output = nn.Linear(hidden, vocabulary)
         self.dropout = nn.Dropout(dropout)
 
-    def start(self, features: Tensor) -> dict[str, Tensor]:
+    def start(self, features: Tensor) -> State:
         """Encode photos (B, R, D) into the state before the first word; the cell starts at zero."""
-        hidden = self.encoder(self.dropout(features.mean(1)))
-        return {"hidden": hidden, "cell": torch.zeros_like(hidden)}
+        # Averaging the regions lets a grid's features serve this decoder too.
+        hidden = self.encoder(self.dropout(features.mean(1)))  # (B, H)
+        return State({}, {"hidden": hidden, "cell": torch.zeros_like(hidden)})
 
-    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read one word each (B,); return the logits of the next (B, V) and the new state."""
+    def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one word for each caption (B,); return the logits of the next word (B, V) and the new state."""
+        before = state.caption["hidden"], state.caption["cell"]
         # One step of the same LSTM, 1.1 times as fast as a sequence of one word.
-        hidden, cell = torch.lstm_cell(
-            self.embedding(words), (state["hidden"], state["cell"]), *self.lstm._flat_weights
-        )
-        return self.output(hidden), {"hidden": hidden, "cell": cell}
+        hidden, cell = torch.lstm_cell(self.embedding(words), before, *self.lstm._flat_weights)
+        return self.output(hidden), State({}, {"hidden": hidden, "cell": cell})  # (B, V)
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T) at once; return what the output layer sees at every position (B, T, H)."""
-        state = self.start(features)
-        # Under autocast the encoder's output is half precision, the LSTM wants its state as it wants its weights.
-        initial = tuple(state[name][None].float() for name in ("hidden", "cell"))
-        outputs, _ = self.lstm(self.dropout(self.embedding(words)), initial)
+        """Read whole captions (B, T) at once; return the output layer's input at every position (B, T, H)."""
+        first = self.start(features).caption
+        # Under autocast the encoder's output is half precision, but the LSTM wants its state in its weights' precision.
+        hidden, cell = (first[name][None].float() for name in ("hidden", "cell"))  # (1, B, H)
+        outputs, _ = self.lstm(self.dropout(self.embedding(words)), (hidden, cell))  # (B, T, H)
         return self.dropout(outputs)
 
 
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
-    """Let the words that are told share the vectors of those that are read: fewer parameters, better on few captions."""
+    """Let generated words share the vectors of words that are read: fewer parameters, better on few captions."""
+    # So small that the first logits, products of H terms, stay near 1.
     nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
-    output.weight = embedding.weight
+    output.weight = embedding.weight  # (V, H)
 
 
 class AttentionLSTM(nn.Module):
-    """A decoder that looks at another part of the photo for each word: an LSTM over the grid with a gated look.
+    """An LSTM that attends to the regions of the photo before each word.
 
     As in "Show, Attend and Tell" (Xu et al., 2015), with additive attention (Bahdanau et al., 2015).
     """
@@ -2411,9 +2425,11 @@ class AttentionLSTM(nn.Module):
         self.encoder = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden)
         )
-        self.begin = nn.Linear(hidden, 2 * hidden)
-        self.key, self.query = nn.Linear(hidden, attention), nn.Linear(hidden, attention)
-        self.worth, self.gate = nn.Linear(attention, 1), nn.Linear(hidden, hidden)
+        self.init_state = nn.Linear(hidden, 2 * hidden)
+        self.key = nn.Linear(hidden, attention)
+        self.query = nn.Linear(hidden, attention)
+        self.score = nn.Linear(attention, 1)
+        self.gate = nn.Linear(hidden, hidden)
         self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
         self.lstm = nn.LSTMCell(embedding + hidden, hidden)
         self.join = nn.Sequential(
@@ -2423,108 +2439,121 @@ class AttentionLSTM(nn.Module):
         _tie(self.output, self.embedding)
         self.dropout = nn.Dropout(dropout)
 
-    def start(self, features: Tensor) -> dict[str, Tensor]:
-        """Encode photos (B, R, D) into the state before the first word; the grid is projected here, once."""
-        grid = self.encoder(features)
-        hidden, cell = self.begin(grid.mean(1)).tanh().chunk(2, -1)
-        return {
-            "hidden": hidden,
-            "cell": cell,
-            "grid": grid,
-            "keys": self.key(grid),
-            "weights": grid.new_zeros(grid.shape[:2]),
-        }
+    def start(self, features: Tensor) -> State:
+        """Encode photos (B, R, D) into the state before the first word."""
+        grid = self.encoder(features)  # (B, R, H)
+        hidden, cell = self.init_state(grid.mean(1)).tanh().chunk(2, -1)  # (B, H) each
+        # The keys do not depend on the words, so they are projected once and not at every step.
+        photo = {"grid": grid, "keys": self.key(grid)}  # (B, R, H), (B, R, A)
+        weights = grid.new_zeros(grid.shape[:2])  # (B, R); no word has attended to anything yet
+        return State(photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
-    def look(self, hidden: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Average a photo's regions, weighted by how well each answers its `hidden` (B*K, H).
+    def attend(self, hidden: Tensor, photo: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Average a photo's regions, weighted by how well each answers the captions' hidden states (B*K, H).
 
         Returns the gated contexts (B*K, H) and the weights (B*K, R), float32, each row summing to 1.
         """
-        grid, query = state["grid"], self.query(hidden).unflatten(0, (len(state["grid"]), -1, 1))
+        grid, keys = photo["grid"], photo["keys"]  # (B, R, H), (B, R, A)
+        query = self.query(hidden).unflatten(0, (len(grid), -1, 1))  # (B, K, 1, A)
+        scores = self.score((keys[:, None] + query).tanh_())[..., 0]  # (B, K, R)
         # In float32: a T4 computes in float16, where exponents overflow.
-        weights = self.worth((state["keys"][:, None] + query).tanh_())[..., 0].float().softmax(-1)
-        context = (weights.to(grid.dtype) @ grid).flatten(0, 1)
+        weights = scores.float().softmax(-1)
+        # One matrix product a photo serves its K captions; no grid is copied for a beam.
+        context = (weights.to(grid.dtype) @ grid).flatten(0, 1)  # (B*K, H)
+        # The gate lets words that need no photo ("of", "the") ignore it.
         return context * self.gate(hidden).sigmoid(), weights.flatten(0, 1)
 
-    def _advance(
-        self, embedded: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        context, weights = self.look(state["hidden"], state)
-        hidden, cell = self.lstm(
-            torch.cat([embedded, context.to(embedded.dtype)], -1), (state["hidden"], state["cell"])
-        )
-        state = state | {"hidden": hidden, "cell": cell, "weights": weights}
-        return torch.cat([hidden, context, embedded.to(hidden.dtype)], -1), state
+    def _advance(self, embedded: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one embedded word for each caption (B*K, E); return what the output is made of, and the new state."""
+        before = state.caption["hidden"], state.caption["cell"]
+        context, weights = self.attend(before[0], state.photo)  # (B*K, H), (B*K, R)
+        inputs = torch.cat([embedded, context.to(embedded.dtype)], -1)  # (B*K, E + H)
+        hidden, cell = self.lstm(inputs, before)  # (B*K, H) each
+        joined = torch.cat([hidden, context, embedded.to(hidden.dtype)], -1)  # (B*K, 2H + E)
+        return joined, State(state.photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
-    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read one word each (B,); return the logits of the next (B, V) and the new state, with where it looked."""
-        seen, state = self._advance(self.embedding(words), state)
-        return self.output(self.join(seen)), state
+    def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one word for each caption (B*K,); return the logits of the next word (B*K, V) and the new state."""
+        joined, state = self._advance(self.embedding(words), state)
+        return self.output(self.join(joined)), state
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T); return what the output layer sees at every position (B, T, embedding)."""
-        state, embedded, seen = self.start(features), self.dropout(self.embedding(words)), []
-        for place in range(words.shape[1]):
-            one, state = self._advance(embedded[:, place], state)
-            seen.append(one)
-        return self.join(torch.stack(seen, 1))
+        """Read whole captions (B, T); return the output layer's input at every position (B, T, E)."""
+        state = self.start(features)
+        embedded = self.dropout(self.embedding(words))  # (B, T, E)
+        joined = []
+        # Each word's context depends on the hidden state before it: no way around a loop over positions.
+        for position in range(words.shape[1]):
+            at_position, state = self._advance(embedded[:, position], state)  # (B, 2H + E)
+            joined.append(at_position)
+        return self.join(torch.stack(joined, 1))
 
 
 class TransformerLayer(nn.Module):
-    """Look at the words so far, then at the photo, then think: each after a LayerNorm and added to what was there.
+    """Attend to the words so far, attend to the photo, then an mlp: each after a LayerNorm, each added to its input.
 
     Xiong et al., 2020 (pre-norm).
     """
 
+    WORDS, PHOTO = 0, 1  # what its two attentions read
+
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.queries = nn.ModuleList(
-            nn.Linear(width, width) for _ in range(2)
-        )  # to the words, to the photo
-        self.memories = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
+        self.queries = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.keys_values = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
         self.outputs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.think = nn.Sequential(
+        self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
         )
 
-    def remember(self, which: int, x: Tensor) -> Tensor:
-        """Return the keys and values (B, 2, heads, T, width / heads) of x (B, T, width)."""
-        return self.memories[which](x).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+    def project(self, which: int, x: Tensor) -> Tensor:
+        """Return the keys and values (B, 2, heads, T, W / heads) of x (B, T, W) for one of the two attentions."""
+        split = self.keys_values[which](x).unflatten(-1, (2, self.heads, -1))
+        return split.permute(0, 2, 3, 1, 4)
 
-    def look(
-        self, which: int, x: Tensor, memory: Tensor, causal: bool = False
+    def attend(
+        self, which: int, x: Tensor, keys_values: Tensor, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Let each place of x (B*K, T, width) look at a memory of B rows: what it saw, and the mean weights of its heads."""
-        query = (
-            self.queries[which](x)
-            .reshape(len(memory), -1, self.heads, memory.shape[-1])
-            .transpose(1, 2)
-        )
-        scores = (query @ memory[:, 0].transpose(-1, -2)).float() * memory.shape[-1] ** -0.5
+        """Let every position of x (B*K, T, W) attend to keys and values of B rows and S positions.
+
+        causal  position t reads positions up to t only
+
+        Returns the result (B*K, T, W), and the weights (B, K*T, S), averaged over the heads.
+        """
+        keys, values = keys_values.unbind(1)  # (B, heads, S, W / heads) each
+        # The K captions of a photo are further positions of its row: they share its keys without a copy.
+        query = self.queries[which](x).reshape(len(keys), -1, self.heads, keys.shape[-1])
+        query = query.transpose(1, 2)  # (B, heads, K*T, W / heads)
+        scores = (query @ keys.transpose(-1, -2)).float() * keys.shape[-1] ** -0.5
         if causal:
-            scores = scores.masked_fill(
-                torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf
-            )
-        weights = scores.softmax(-1)
-        seen = self.dropout(weights).to(memory.dtype) @ memory[:, 1]
-        return self.outputs[which](seen.transpose(1, 2).reshape(x.shape)), weights.mean(1)
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        weights = scores.softmax(-1)  # (B, heads, K*T, S)
+        context = self.dropout(weights).to(values.dtype) @ values  # (B, heads, K*T, W / heads)
+        context = context.transpose(1, 2).reshape(x.shape)  # (B*K, T, W)
+        return self.outputs[which](context), weights.mean(1)
 
     def forward(self, x: Tensor, words: Tensor, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take x (B*K, T, width) one layer further; return it, the memory of the words so far, and where it looked."""
+        """Take x (B*K, T, W) one layer further, given the keys and values of earlier words and of the photo.
+
+        Returns x, the keys and values of all words so far, and the attention weights (B, K*T, R) over the photo.
+        """
         normal = self.norms[0](x)
-        words = torch.cat([words, self.remember(0, normal)], 3)
-        x = x + self.dropout(self.look(0, normal, words, causal=x.shape[1] > 1)[0])
-        seen, weights = self.look(1, self.norms[1](x), photo)
-        x = x + self.dropout(seen)
-        return x + self.dropout(self.think(self.norms[2](x))), words, weights
+        words = torch.cat([words, self.project(self.WORDS, normal)], 3)  # along the positions
+        context, _ = self.attend(self.WORDS, normal, words, causal=x.shape[1] > 1)
+        x = x + self.dropout(context)
+        context, weights = self.attend(self.PHOTO, self.norms[1](x), photo)
+        x = x + self.dropout(context)
+        return x + self.dropout(self.mlp(self.norms[2](x))), words, weights
 
 
 class TransformerDecoder(nn.Module):
-    """A Transformer that reads the words so far and looks at the grid; keys and values are kept from step to step.
+    """A Transformer over the words so far and the photo's regions; keys and values are kept from step to step.
 
-    Vaswani et al., 2017; tied words. The regions carry learnt places, the words those of sines.
+    Vaswani et al., 2017, with tied words. Regions have learned positions, words have sines.
     """
 
     pooled = False
@@ -2546,117 +2575,78 @@ class TransformerDecoder(nn.Module):
         self.regions = nn.init.normal_(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.layers = nn.ModuleList(TransformerLayer(hidden, heads, dropout) for _ in range(layers))
-        self.norm, self.output, self.dropout = (
-            nn.LayerNorm(hidden),
-            nn.Linear(hidden, vocabulary),
-            nn.Dropout(dropout),
-        )
+        self.norm = nn.LayerNorm(hidden)
+        self.output = nn.Linear(hidden, vocabulary)
+        self.dropout = nn.Dropout(dropout)
         _tie(self.output, self.embedding)
 
-    def start(self, features: Tensor) -> dict[str, Tensor]:
-        """Encode photos (B, R, D) into the state before the first word: what each layer remembers of them."""
-        grid = self.encoder(features) + self.regions
-        state = {f"photo {i}": layer.remember(1, grid) for i, layer in enumerate(self.layers)}
-        nothing = {f"words {i}": state["photo 0"][:, :, :, :0] for i in range(len(self.layers))}
-        return state | nothing | {"weights": grid.new_zeros(grid.shape[:2])}
+    def start(self, features: Tensor) -> State:
+        """Encode photos (B, R, D) into the state before the first word: each layer's keys and values of the regions."""
+        grid = self.encoder(features) + self.regions  # (B, R, H)
+        photo, caption = {}, {"weights": grid.new_zeros(grid.shape[:2])}  # (B, R)
+        for i, layer in enumerate(self.layers):
+            photo[f"layer {i}"] = layer.project(layer.PHOTO, grid)  # (B, 2, heads, R, H / heads)
+            caption[f"layer {i}"] = photo[f"layer {i}"][:, :, :, :0]  # no words yet
+        return State(photo, caption)
 
     def _embed(self, words: Tensor, first: int) -> Tensor:
-        """Embed words (B, T), the first of which stands at place `first`."""
+        """Embed words (B, T), of which the first stands at position `first`: (B, T, H)."""
         width = self.embedding.embedding_dim
-        place = torch.arange(first, first + words.shape[1], device=words.device)[:, None]
-        angle = place * torch.exp(
-            torch.arange(0, width, 2, device=words.device) * (-math.log(10000) / width)
-        )
-        return self.embedding(words) * width**0.5 + torch.stack(
-            [angle.sin(), angle.cos()], -1
-        ).flatten(-2)
+        place = torch.arange(first, first + words.shape[1], device=words.device)[:, None]  # (T, 1)
+        octave = torch.arange(0, width, 2, device=words.device)
+        angle = place * torch.exp(octave * (-math.log(10000) / width))  # (T, H / 2)
+        sines = torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)  # (T, H)
+        # Tied vectors are small, for the output's sake; times sqrt(H) they stand beside sines of up to 1.
+        return self.embedding(words) * width**0.5 + sines
 
-    def _advance(self, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take embedded words (B*K, T, H) through all layers."""
+        caption = {}
         for i, layer in enumerate(self.layers):
-            x, words, weights = layer(x, state[f"words {i}"], state[f"photo {i}"])
-            state = state | {f"words {i}": words}
-        return self.norm(x), state | {"weights": weights.reshape(-1, weights.shape[-1])}
+            name = f"layer {i}"
+            x, caption[name], weights = layer(x, state.caption[name], state.photo[name])
+        # The last layer's weights are the ones to show: (B, K*T, R) -> (B*K*T, R).
+        caption["weights"] = weights.flatten(0, 1)
+        return self.norm(x), State(state.photo, caption)
 
-    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read one word each (B,); return the logits of the next (B, V) and the new state, with where it looked."""
-        x, state = self._advance(self._embed(words[:, None], state["words 0"].shape[3]), state)
+    def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one word for each caption (B*K,); return the logits of the next word (B*K, V) and the new state."""
+        position = state.caption["layer 0"].shape[3]  # as many words have been read
+        x, state = self._advance(self._embed(words[:, None], position), state)  # (B*K, 1, H)
         return self.output(x[:, 0]), state
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T) at once; return what the output layer sees at every position (B, T, hidden)."""
-        return self.dropout(
-            self._advance(self.dropout(self._embed(words, 0)), self.start(features))[0]
-        )
+        """Read whole captions (B, T) at once; return the output layer's input at every position (B, T, H)."""
+        embedded = self.dropout(self._embed(words, 0))  # (B, T, H)
+        return self.dropout(self._advance(embedded, self.start(features))[0])
 
 
+# A decoder of your own: a module with `pooled`, `output`, `start`, `step` and `read` as above, and a line here.
 DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
 
+# Captioners that were saved before these parameters had the field's names.
+RENAMED = {
+    ".worth.": ".score.",
+    ".begin.": ".init_state.",
+    ".memories.": ".keys_values.",
+    ".think.": ".mlp.",
+}
 
-class _WordLoss(torch.autograd.Function):
-    """Cross entropy of words (N,), and its gradient in the same pass, a slice of words at a time.
 
-    What is as wide as the vocabulary then stays in a CPU's cache: training is 1.05 times as fast on a quiet machine, and
-    more beside neighbours who need the memory too.
-    """
-
-    SLICE = 128
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, words, weights, smoothing, dtype):
-        """Return loss and likelihood as `Captioner.forward` does. weights (N,) or None; computes in `dtype`."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            inputs, table, offset = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-            slopes, bias_slope = (
-                torch.empty(len(words), len(table), dtype=dtype),
-                torch.zeros_like(bias),
-            )
-            loss = likelihood = torch.zeros(())
-            for i in range(0, len(words), _WordLoss.SLICE):
-                part = slice(i, i + _WordLoss.SLICE)
-                scores, target = (
-                    nn.functional.linear(inputs[part], table, offset).float(),
-                    words[part, None],
-                )
-                scores -= scores.amax(-1, keepdim=True)
-                said, mean = scores.gather(1, target), scores.mean(-1, keepdim=True)
-                total = scores.exp_().sum(-1, keepdim=True)
-                normaliser, each = total.log(), 1.0 if weights is None else weights[part, None]
-                likelihood = likelihood + (normaliser - said).sum()
-                loss = (
-                    loss + (each * (normaliser - (1 - smoothing) * said - smoothing * mean)).sum()
-                )
-                scores /= total  # from here on the gradient of the loss by each score
-                scores.scatter_add_(1, target, torch.full_like(said, smoothing - 1))
-                scores -= smoothing / len(weight)
-                if weights is not None:
-                    scores *= each
-                slopes[part] = scores
-                bias_slope += scores.sum(0)
-            ctx.save_for_backward(
-                (slopes @ table).to(hidden.dtype), (slopes.T @ inputs).to(weight.dtype), bias_slope
-            )
-        return loss, likelihood
-
-    @staticmethod
-    def backward(ctx, factor, _):
-        return (
-            *(slope * factor.to(slope.dtype) for slope in ctx.saved_tensors),
-            None,
-            None,
-            None,
-            None,
-        )
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a captioner's weights under the names that its parameters have today."""
+    for old, new in RENAMED.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    return weights
 
 
 class Captioner(nn.Module):
-    """Features in, words out: standardisation and a decoder.
+    """Standardisation of the features and a decoder: features in, words out.
 
-    The decoder is any module with `start(features) -> state`, `step(words, state) -> (logits, state)`,
-    `read(features, words) -> hidden`, `output` and `pooled`; every tensor of a state is batch-first. What a step hands on
-    as it is belongs to the photo, all else to the caption: when B photos have K captions each, a step reads B*K words
-    (those of a photo in a row), and only the captions' part of the state has B*K rows. So no grid is copied for a beam.
+    The decoder is any module with `start(features) -> State`, `step(words, state) -> (logits, State)`,
+    `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled` (whether it averages the regions).
 
-    decoder     a key of DECODERS; sizes are its keyword arguments
+    decoder     a key of DECODERS; `sizes` are its keyword arguments
     moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive, and a linear
                 encoder of such inputs is badly conditioned
     """
@@ -2673,12 +2663,12 @@ class Captioner(nn.Module):
         """Bring features (B, R, D) to mean 0 and deviation 1 over the training photos."""
         return (features - self.mean) / self.deviation
 
-    def start(self, features: Tensor) -> dict[str, Tensor]:
+    def start(self, features: Tensor) -> State:
         """Return the decoder's state before the first word for features (B, R, D)."""
         return self.decoder.start(self.standardise(features))
 
-    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the logits (B, V) of the words after `words` (B,), and the state after them."""
+    def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return the logits (B*K, V) of the words after `words` (B*K,), and the state after them."""
         return self.decoder.step(words, state)
 
     def forward(
@@ -2690,33 +2680,24 @@ class Captioner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed training loss and the summed negative log-likelihood of captions (B, T).
 
-        weights  (B,)  of each caption in the loss; None: 1. Without label smoothing
-
-        Only real positions reach the output layer, the dearest of all: padding is neither projected nor counted.
+        weights  (B,)  of each caption in the loss; None: 1
         """
-        hidden = self.decoder.read(self.standardise(features), words[:, :-1])
-        real, output, kind = words[:, 1:] != PAD, self.decoder.output, hidden.device.type
-        target, each = (
-            words[:, 1:][real],
-            None if weights is None else weights[:, None].expand_as(real)[real],
-        )
-        if kind == "cpu" and torch.is_grad_enabled():
-            dtype = (
-                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            )
-            loss, likelihood = _WordLoss.apply(
-                hidden[real], output.weight, output.bias, target, each, label_smoothing, dtype
-            )
-            return loss, likelihood.detach()
-        log_probs = output(hidden[real]).float().log_softmax(-1)
-        likelihoods = -log_probs.gather(1, target[:, None])[:, 0]
-        likelihood = likelihoods.sum()
+        hidden = self.decoder.read(self.standardise(features), words[:, :-1])  # (B, T - 1, H)
+        real = words[:, 1:] != PAD  # (B, T - 1)
+        # Only the M real positions reach the output layer, the most expensive of all.
+        target = words[:, 1:][real]  # (M,)
+        logits = self.decoder.output(hidden[real]).float()  # (M, V)
+        losses = nn.functional.cross_entropy(
+            logits, target, reduction="none", label_smoothing=label_smoothing
+        )  # (M,)
+        with torch.no_grad():
+            # Smoothing takes its share s of each loss to the mean logit: undone, the log-likelihood is there without
+            # a second softmax.
+            said = logits.gather(1, target[:, None])[:, 0]  # (M,)
+            likelihood = (losses + label_smoothing * (logits.mean(-1) - said)).sum()
         if weights is not None:
-            return (likelihoods * each).sum(), likelihood.detach()
-        if not label_smoothing:
-            return likelihood, likelihood.detach()
-        uniform = -log_probs.mean(-1).sum()  # cross entropy to the uniform distribution
-        return (1 - label_smoothing) * likelihood + label_smoothing * uniform, likelihood.detach()
+            losses = losses * weights[:, None].expand_as(real)[real]
+        return losses.sum(), likelihood
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3560,7 +3541,7 @@ def beam_search(
     words = torch.full_like(ids[..., 0], START)
     told: list = [None] * len(features)
     for length in range(1, max_length + 1):
-        before, (logits, state) = state, captioner.step(words.flatten(), state)
+        logits, state = captioner.step(words.flatten(), state)
         beams, ids, logits = (
             scores.shape[1],
             ids.clone(),
@@ -3592,10 +3573,10 @@ def beam_search(
             ~done
         ].flatten()
         going = ~done if done.any() else slice(None)
-        state = {
-            name: tensor[going if tensor is before[name] else rows]
-            for name, tensor in state.items()
-        }
+        state = State(
+            {name: tensor[going] for name, tensor in state.photo.items()},  # (B, ...)
+            {name: tensor[rows] for name, tensor in state.caption.items()},  # (B*K, ...)
+        )
         alive, ids, scores, words = alive[~done], ids[~done], scores[~done], words[~done]
         pool_ids, pool_scores = pool_ids[~done], pool_scores[~done]
     return told
@@ -3701,36 +3682,6 @@ def generate(
     ]
 
 
-class Ensemble(nn.Module):
-    """Several captioners of the same vocabulary and features as one, to search with: the mean of their probabilities."""
-
-    def __init__(self, captioners: Sequence[Captioner]):
-        super().__init__()
-        self.members = nn.ModuleList(captioners)
-
-    def start(self, features: Tensor) -> dict[str, Tensor]:
-        """Return the members' states before the first word, side by side."""
-        return {
-            f"{i}.{name}": tensor
-            for i, one in enumerate(self.members)
-            for name, tensor in one.start(features).items()
-        }
-
-    def step(self, words: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the log-probabilities (B, V) of the words after `words` (B,), and the state after them."""
-        after, told = {}, []
-        for i, one in enumerate(self.members):
-            own = {
-                name.split(".", 1)[1]: tensor
-                for name, tensor in state.items()
-                if name.startswith(f"{i}.")
-            }
-            logits, own = one.step(words, own)
-            told.append(logits.float().log_softmax(-1))
-            after |= {f"{i}.{name}": tensor for name, tensor in own.items()}
-        return torch.stack(told).logsumexp(0) - math.log(len(told)), after
-
-
 @dataclass(frozen=True)
 class Caption:
     """What a captioner tells about a photo.
@@ -3794,6 +3745,7 @@ class Storyteller:
             folder = _download_model(str(folder_or_hub_id))
         config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
         weights, _ = load_weights(folder / "model.safetensors")
+        weights = rename_weights(weights)
         try:
             if sha256(vocab.words) != config["vocabulary_sha256"]:
                 raise ValueError("vocab.json is that of another captioner")
@@ -3964,17 +3916,17 @@ class Storyteller:
     def _looks(self, features: Tensor, captions: list[list[int]]) -> Sequence:
         """Return where each word of each caption looked (T, 7, 7), or None each for a decoder that does not look."""
         state, looks = self.captioner.start(features), []
-        if "weights" not in state:
+        if "weights" not in state.caption:
             return [None] * len(captions)
         words = torch.full((len(captions),), START, device=self.device)
         longest = max(map(len, captions))
         for place in range(longest):
             _, state = self.captioner.step(words, state)
-            looks.append(state["weights"])
+            looks.append(state.caption["weights"])
             words = torch.tensor(
                 [(caption + [PAD] * longest)[place] for caption in captions], device=self.device
             )
-        side = math.isqrt(state["weights"].shape[1])
+        side = math.isqrt(looks[0].shape[1])
         return torch.stack(looks, 1).unflatten(-1, (side, side)).cpu().numpy()
 
 

@@ -98,20 +98,21 @@ MUTANTS = [
         "padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"
     ),
     Mutant(
-        "label smoothing pushes the wrong way",
-        "_WordLoss.forward",
-        "scores -= smoothing / len(weight)",
-        "scores += smoothing / len(weight)",
+        "label smoothing is forgotten",
+        "Captioner.forward",
+        "nn.functional.cross_entropy(logits, target, reduction='none',"
+        " label_smoothing=label_smoothing)",
+        "nn.functional.cross_entropy(logits, target, reduction='none')",
     ),
     Mutant(
         "attention is shared out over photos",
-        "AttentionLSTM.look",
-        "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(-1)",
-        "self.worth((state['keys'][:, None] + query).tanh_())[..., 0].float().softmax(0)",
+        "AttentionLSTM.attend",
+        "scores.float().softmax(-1)",
+        "scores.float().softmax(0)",
     ),
     Mutant(
         "the Transformer sees the next word",
-        "TransformerLayer.look",
+        "TransformerLayer.attend",
         "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)",
         "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)",
     ),

@@ -28,16 +28,14 @@ class Chain:
 
     def start(self, features):
         photo = features[:, 0, 0].long()
-        return {
-            "photo": photo,
-            "place": torch.zeros_like(photo),
-            "earlier": torch.zeros_like(photo),
-        }
+        nothing = torch.zeros_like(photo)
+        return st.State({"photo": photo}, {"place": nothing, "earlier": nothing})
 
     def step(self, words, state):
-        photo = state["photo"].repeat_interleave(len(words) // len(state["photo"]))
-        logits = self.table[photo, state["place"], words] + self.earlier[state["earlier"]]
-        return logits, {"photo": state["photo"], "place": state["place"] + 1, "earlier": words}
+        photo, caption = state.photo["photo"], state.caption
+        row = photo.repeat_interleave(len(words) // len(photo))
+        logits = self.table[row, caption["place"], words] + self.earlier[caption["earlier"]]
+        return logits, st.State(state.photo, {"place": caption["place"] + 1, "earlier": words})
 
 
 def photos(count):
@@ -325,7 +323,7 @@ def test_a_decoder_with_attention_tells_where_each_word_looked():
         state, word = teller.captioner.start(features[photo : photo + 1]), st.START
         for said, look in zip(telling.words, telling.attention, strict=True):
             _, state = teller.captioner.step(torch.tensor([word]), state)
-            np.testing.assert_allclose(look.ravel(), state["weights"][0].detach(), atol=1e-6)
+            np.testing.assert_allclose(look.ravel(), state.caption["weights"][0], atol=1e-6)
             word = teller.vocab.ids[said]
 
 
@@ -499,42 +497,3 @@ def test_the_terminal_tells_photos_and_names_those_it_cannot_read(
     out, err = capsys.readouterr()
     assert "good.png: W" in out and "bad.jpg" in err
     assert (tmp_path / "told.csv").read_text().startswith("image,caption\n")
-
-
-def test_an_ensemble_gives_the_mean_of_its_members_probabilities():
-    members = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        members.append(
-            st.Captioner(
-                "attention",
-                6,
-                12,
-                (torch.zeros(6), torch.ones(6)),
-                hidden=8,
-                embedding=4,
-                attention=5,
-            )
-        )
-    both, features = st.Ensemble(members).eval(), torch.randn(3, 9, 6)
-    found = st.beam_search(
-        both, features, beam_width=3, length_preference=1.0, max_length=5, no_repeat=0
-    )
-    for photo, hypotheses in enumerate(found):
-        for h in hypotheses:
-            total, words = 0.0, torch.tensor([[st.START, *h.ids]])
-            with torch.no_grad():
-                rows = [
-                    m.decoder.output(
-                        m.decoder.read(features[photo : photo + 1], words[:, :-1])
-                    ).softmax(-1)
-                    for m in members
-                ]
-            mean = (rows[0] + rows[1])[0] / 2
-            total = sum(math.log(mean[place, word]) for place, word in enumerate(h.ids))
-            assert h.score == pytest.approx(total / len(h.ids), rel=1e-4)
-    alone = st.beam_search(members[0], features, beam_width=3)
-    twice = st.beam_search(st.Ensemble([members[0], members[0]]), features, beam_width=3)
-    assert [[h.ids for h in found] for found in alone] == [
-        [h.ids for h in found] for found in twice
-    ]

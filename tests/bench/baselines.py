@@ -139,12 +139,12 @@ class Attention:
 
     def begin(self, grid):
         grid = self.d.encoder(grid)
-        hidden, cell = torch.tanh(self.d.begin(grid.mean(1))).chunk(2, -1)
+        hidden, cell = torch.tanh(self.d.init_state(grid.mean(1))).chunk(2, -1)
         return grid, hidden, cell
 
     def next_word(self, word, state):
         grid, hidden, cell = state
-        energy = self.d.worth(
+        energy = self.d.score(
             torch.tanh(self.d.key(grid) + self.d.query(hidden).unsqueeze(1))
         ).squeeze(2)
         context = (grid * torch.softmax(energy, 1).unsqueeze(2)).sum(1) * torch.sigmoid(

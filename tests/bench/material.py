@@ -151,7 +151,9 @@ def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
             weight[gate * hidden] = 0
         gates["bias_ih"][gate * hidden] = opening
     for layer, unit in (
-        [(d.encoder, 0)] if d.pooled else [(d.begin, 0), (d.begin, hidden), (d.join[1], 0)]
+        [(d.encoder, 0)]
+        if d.pooled
+        else [(d.init_state, 0), (d.init_state, hidden), (d.join[1], 0)]
     ):
         layer.weight[unit] = layer.bias[unit] = 0
     if not d.pooled:
