@@ -14,12 +14,12 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import socket
@@ -751,9 +751,9 @@ def default_device() -> torch.device:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Captions and splits
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 3. Captions
+# --------------------------------------------------------------------------------------------------
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Where captions are looked for, the first that exists wins; the format is read off the content, not off the name.
@@ -768,7 +768,6 @@ CAPTION_FILES = [
     "dataset_flickr8k.json",
     "dataset.json",
 ]
-SAMPLE_PHOTOS = 800
 
 
 @dataclass(frozen=True)
@@ -829,7 +828,7 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
                 for left in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
                     shutil.rmtree(left)
                 if not folder.is_dir():
-                    draw_sample_dataset(folder, images=SAMPLE_PHOTOS)
+                    _draw_sample(folder)
             finally:
                 unlock(folder)
         return dataclasses.replace(_open_dataset(folder), is_sample=True)
@@ -848,6 +847,21 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
             "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean."
         )
     return _open_dataset(found[0])
+
+
+def _draw_sample(folder: Path) -> None:
+    """Let notebooks/sample.py, which lies in the project's folder, draw the sample."""
+    painter = Path(__file__).resolve().parent / "notebooks" / "sample.py"
+    if not painter.is_file():
+        raise ArtifactError(
+            f"There is no dataset: set dataset_dir to a folder of captioned photos. (The sample is drawn "
+            f"only in the project's folder, by {painter}, which is missing.)"
+        )
+    spec = importlib.util.spec_from_file_location("sample", painter)
+    sample = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sample)
+    with _writing(folder):
+        sample.draw_dataset(folder)
 
 
 def _open_dataset(folder: Path) -> Dataset:
@@ -1096,302 +1110,6 @@ def _split_lists(path: Path) -> dict[str, list[str]]:
     return lists
 
 
-# The sample's sprites. A shape is o(val), r(ectangle) or p(olygon), a tone (b: the subject's own, d darker, h lighter)
-# and points, x and y one digit each, from 0 at the upper left to z (35) at the lower right.
-_SPRITES = {
-    "man": "rJdkhy rJikmy pbea8jbled pblarjolld oS8jbm oSojrm rbcanm oSd2mb pNd7m7lbfb rNe0m4 rNb3o4 oKf5h6 oKj5k6",
-    "girl": "oNa0ph rSeqhy rSjqly pSgd6j8mhh pSjdtjsmih pbfblbss7s oSd2nc oKf6g8 oKj6l8 rRgaja rKdyhz rKiymz",
-    "horse": "pd6e2g0s4q7j rd9kbz rdlknz ob4cpn rb5i8z rbnipz oKs6t7 pbifn4t6pl pbn4p1r3t3zbxeqb pKhgm2p1lg",
-    "cat": "pbnzwxzqxkukvrtunu ob9gqz ohdlmz pb9b80h5 pbrbr0j5 ob83rj oYc8gc oYj8nc oKd8fc oKl8mc pRgdjdif",
-    "dog": "pb1b399g7k rd8lbz rdmlpz ob4drp rb5k8z rbjkmz obk4wi ohrazg oKxazd odj5oi oKr8ta oRtfwj",
-    "sun": "oY77ss",
-    "car": "pb0l6ibapauizlzt0t pC9icchchi pCiiicocri rd0qzt oK4odx oKnovx oW6rav oWprtv oYxlzo",
-    "palm": "pNezhzjeie pGie5c1kag pGiewbzjqg pGie8428c9 pGies3y6p8",
-    "ball": "oWbisz pRjqjioisn pJjqsumziz pYjqbtbndl",
-    "duck": "pb4o0fbk rbmdsp ob3itx obl6wi pYvbzduf od8kmt oKr9tb",
-    "peak": "pAi0zz0z pdi0i8fiaz0z pWi0nbk9idfacb",
-    "balloon": "pNcnnnjvgv ob40vp pb6iuimsds ohb0pq obf0lr rNeulz",
-    "tower": "rA50uz rY84d7 rYl4q7 rY8bdf rYljqn",
-    "bird": "pdgie2ng pdbi1e2n ob8esn obnbvj pYuezguh phcj44c6nj",
-    "stars": "oW2434 oW9paq oWgbhc oWlvmw oWp2r2 oWvjwl",
-    "boat": "rNh0ip pWj1jnxn pbg4gn5n pb1pypsx7x pd3rxrsx7x",
-    "house": "rNp2sc rb4fvz pNi1zg1g rY7jdp rYmjsp rKfnkz",
-    "fir": "rNgujz pFiewv4v pFi6tl6l pFi0qc9c pWi0m7i5d7",
-    "tree": "rNflkz oG19lp oGe9yp oG61tl oF93ld",
-    "cloud": "oW0ggq oW89qq oWjfzq",
-    "moon": "oW77ss oAcdhi oAjjnn",
-    "tent": "pbi3zz1z pKienzdz",
-    "hill": "oF0izz rF0rzz",
-}
-_TONES = dict(
-    K="#222",
-    W="#fff",
-    S="#f0be96",
-    N="#7a4c2a",
-    Y="#ffd03c",
-    G="#3e913e",
-    F="#286a3c",
-    C="#b0daf2",
-    J="#304c96",
-    A="#778",
-    R="#e05060",
-    red="#dc1e1e",
-    blue="#1e50e6",
-    yellow="#ffd61e",
-    white="#fff",
-    black="#222",
-    brown="#925426",
-)
-_FUR, _DYE, _LAND = "brown black white", "red blue yellow", "field beach snow street forest"
-_SUBJECTS = (  # nouns, colours, places, what they may do (regular verbs)
-    ("dog cat horse", _FUR, _LAND, "stand jump"),
-    ("girl man", _DYE, _LAND, "stand jump"),
-    ("house tent", _DYE, _LAND, "stand"),
-    ("car", _DYE, "street snow beach", "wait"),
-    ("boat", _DYE, "lake", "sail"),
-    ("duck", _FUR, "lake", "float"),
-    ("bird balloon", _DYE, _LAND + " lake", "soar"),
-)
-_PLACES = {  # strip at the horizon, ground, its front; what stands behind, how tall; marks (dx, dy, tone); names
-    "field": (
-        "#88c860",
-        "#74be4c",
-        "#5a963a",
-        "hill " * 4,
-        0.24,
-        (0.002, -0.03, "F"),
-        "on the grass",
-        "in a green field",
-    ),
-    "beach": (
-        "#2e8cc8",
-        "#eed496",
-        "#beaa78",
-        "palm " * 2,
-        0.38,
-        (0.006, 0.002, "N"),
-        "on the beach",
-        "on the sand",
-    ),
-    "snow": (
-        "#d6e2f2",
-        "#f4f8fc",
-        "#bcc4d2",
-        "fir " * 6,
-        0.34,
-        (0.006, 0.008, "W"),
-        "in the snow",
-        "on a snowy hill",
-    ),
-    "street": (
-        "#b0aca8",
-        "#68686e",
-        "#4e4e56",
-        "tower " * 8,
-        0.42,
-        (0.06, 0.003, "A"),
-        "on the street",
-        "in the city",
-    ),
-    "forest": (
-        "#385c32",
-        "#54783a",
-        "#42602e",
-        "tree " * 8,
-        0.42,
-        (0.012, 0.006, "N"),
-        "in the forest",
-        "in the woods",
-    ),
-    "lake": (
-        "#549654",
-        "#3c82c4",
-        "#30689e",
-        "peak " * 5,
-        0.3,
-        (0.06, 0.003, "C"),
-        "on the lake",
-        "on the water",
-    ),
-}
-_TIMES = {  # sky from top to horizon, light on everything; what hangs in the sky, how low; names
-    "day": (
-        "#3c8cec",
-        "#dcf0fc",
-        "#ffffff",
-        "sun cloud cloud cloud",
-        0.65,
-        "on a sunny day",
-        "under a blue sky",
-    ),
-    "sunset": (
-        "#6048be",
-        "#ffb45c",
-        "#ffd4b0",
-        "sun cloud cloud cloud",
-        1,
-        "at sunset",
-        "under an orange sky",
-    ),
-    "night": (
-        "#080a28",
-        "#465496",
-        "#a6b0ee",
-        "moon stars stars stars",
-        0.65,
-        "at night",
-        "under the moon",
-    ),
-}
-_WORDINGS = (
-    "{who} {be} {verb}ing {where} {when}.",
-    "{who} {does} {where} {when}.",
-    "{when}, {who} {does} {where}.",
-    "{who} {verb}ing {where}{by}.",
-    "there {be} {who}{by} {where}.",
-    "{they} {does} {where}{by}.",
-    "{where}, {they} {be} {verb}ing{by}.",
-)
-
-
-def _choose_scene(rng) -> tuple[dict, list[str]]:
-    row = rng.choice([(noun, *row) for nouns, *row in _SUBJECTS for noun in nouns.split()])
-    noun, colour, place, verb = (rng.choice(words.split()) for words in row)
-    time, count = rng.choice(list(_TIMES)), rng.randint(1, 3)
-    beside = rng.choice(("", "tree", "ball")) if count < 3 and "lake" not in row[2] else ""
-    they = ("a ", "two ", "three ")[count - 1] + (
-        noun if count == 1 else f"{noun}s".replace("mans", "men")
-    )
-    words = dict(
-        they=they,
-        verb=verb,
-        does=verb + "s" * (count == 1),
-        be="is" if count == 1 else "are",
-        who=f"{they} in {colour}" if noun in ("girl", "man") else they.replace(" ", f" {colour} "),
-        by=beside and f" next to a {beside}",
-    )
-    captions = []
-    for wording in rng.sample(_WORDINGS, 5):
-        where, when = rng.choice(_PLACES[place][-2:]), rng.choice(_TIMES[time][-2:])
-        where = "over" + where[where.index(" ") :] if verb == "soar" else where
-        captions.append(wording.format(where=where, when=when, **words).capitalize())
-    return dict(
-        cast=[noun] * count + beside.split(), colour=colour, place=place, time=time, verb=verb
-    ), captions
-
-
-def _stamp(canvas, name: str, x: float, foot: float, tall: float, colour: str = "", tilt: int = 0):
-    from PIL import Image, ImageChops, ImageColor, ImageDraw
-
-    body, size, line = (
-        ImageColor.getrgb(_TONES[colour or "W"]),
-        (int(tall), int(tall)),
-        max(1, canvas.height // 240),
-    )
-    tones = _TONES | {
-        "b": body,
-        "d": tuple(int(0.7 * v) for v in body),
-        "h": tuple(128 + v // 2 for v in body),
-    }
-    layer, shade = (
-        Image.new("RGBA", size),
-        Image.linear_gradient("L").resize(size).point(lambda v: 255 - v // 3),
-    )
-    pen = ImageDraw.Draw(layer)
-    for kind, tone, *digits in _SPRITES[name].split():
-        draw = {"o": pen.ellipse, "r": pen.rectangle, "p": pen.polygon}[kind]
-        draw([int(digit, 36) * tall / 35 for digit in digits], tones[tone])
-    light = Image.merge("RGBA", (shade, shade, shade, Image.new("L", size, 255)))  # from above
-    layer, left, top = (
-        ImageChops.multiply(layer, light).rotate(tilt),
-        int(x - tall / 2),
-        int(foot - tall),
-    )
-    for dx, dy in ((-line, 0), (line, 0), (0, -line), (0, line)) if colour else ():
-        canvas.paste(_TONES["K"], (left + dx, top + dy), layer)
-    canvas.paste(layer, (left, top), layer)
-
-
-def _paint_scene(rng, scene: dict, size):
-    from PIL import Image, ImageChops, ImageDraw, ImageOps
-
-    width, height, cast = (
-        2 * size[0],
-        2 * size[1],
-        scene["cast"],
-    )  # twice as large, shrunk at the end: smooth edges
-    strip, near, front, backdrop, tall, (dx, dy, tone), *_ = _PLACES[scene["place"]]
-    top, low, light, hanging, foot, *_ = _TIMES[scene["time"]]
-    horizon = int((0.7 if scene["verb"] == "soar" else 0.48) * height)
-    canvas, shore = Image.new("RGB", (width, height), strip), horizon + height // 10
-    for tones, above, below in (((top, low), 0, horizon), ((near, front), shore, height)):
-        fade = ImageOps.colorize(Image.linear_gradient("L"), *tones)
-        canvas.paste(fade.resize((width, below - above), Image.Resampling.NEAREST), (0, above))
-    for names, base, high in (
-        (rng.sample(hanging.split(), 4), foot, 0.22),
-        (backdrop.split(), 1.1, tall),
-    ):
-        for i, name in enumerate(names):
-            x, y = (
-                (i + rng.uniform(0.2, 0.8)) / len(names) * width,
-                rng.uniform(0.9, 1.1) * base * horizon,
-            )
-            _stamp(canvas, name, x, y, rng.uniform(0.8, 1.2) * high * height)
-    pen, tall = ImageDraw.Draw(canvas, "RGBA"), (0.66, 0.6, 0.45)[len(cast) - 1] * height
-    for _ in range(90):
-        x, y = rng.random() * width, rng.uniform(shore, height)
-        pen.line((x, y, x + dx * width, y + dy * height), _TONES[tone], height // 200)
-    for i, name in enumerate(cast):
-        x, foot = (
-            (i + 0.5 + rng.uniform(-0.2, 0.2) / len(cast)) / len(cast) * width,
-            rng.uniform(0.86, 0.94) * height,
-        )
-        lift = {"soar": 0.22, "jump": 0.14}.get(scene["verb"], 0) * (name == cast[0])
-        pen.ellipse(
-            (x - 0.4 * tall, foot - 0.05 * tall, x + 0.4 * tall, foot + 0.05 * tall), (0, 0, 30, 80)
-        )
-        _stamp(canvas, name, x, foot - lift * height, tall, scene["colour"], 18 * (lift == 0.14))
-    return ImageChops.multiply(canvas.reduce(2), Image.new("RGB", size, light))
-
-
-def draw_sample_dataset(
-    folder, images: int = 600, seed: int = 13, size=(320, 240), quality: int = 90
-) -> Path:
-    """Draw small scenes as a dataset in Flickr's layout: `Images/` and `captions.txt`, five captions a photo.
-
-    images   int     how many photos; the same seed gives the same bytes, and photo i depends on the seed and i only
-    size     (w, h)  of a photo, in pixels
-    quality  int     of its JPEG file
-
-    Returns the folder, which appears only when all is drawn. Raises FileExistsError where it is there already.
-    """
-    from tqdm import tqdm
-
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: delete it to draw the sample again.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _writing(folder),
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished,
-    ):
-        drawn, rows = Path(unfinished) / folder.name, [("image", "caption")]
-        (drawn / "Images").mkdir(parents=True)
-        for i in tqdm(range(images), desc="drawing", unit="scene", mininterval=1):
-            rng, name = random.Random(f"{seed}/{i}"), f"scene_{i + 1:04d}.jpg"
-            scene, captions = _choose_scene(rng)
-            rows += [(name, caption) for caption in captions]
-            _paint_scene(rng, scene, size).save(drawn / "Images" / name, quality=quality)
-        with open(drawn / "captions.txt", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        drawn.rename(folder)
-    return folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Words
-# ---------------------------------------------------------------------------------------------------------------------
-
 PAD, START, END, UNK = range(4)
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
 
@@ -1523,8 +1241,111 @@ class Vocab:
         return cls(value["words"], value.get("min_count", 1))
 
 
+@dataclass
+class CaptionData:
+    """01's and 02's results joined by photo name.
+
+    vocab       the vocabulary
+    rows        split -> rows of features.npy of its photos, in the order of captions.csv
+    names       split -> their names
+    references  split -> all tokenised captions of each of its photos
+    """
+
+    vocab: Vocab
+    rows: dict[str, np.ndarray]
+    names: dict[str, list[str]]
+    references: dict[str, list[list[list[str]]]]
+
+    @classmethod
+    def load(cls, extracted: Path | str, prepared: Path | str) -> CaptionData:
+        """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
+        extracted, prepared = Path(extracted), Path(prepared)
+        row_of = {
+            name: row
+            for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])
+        }
+        skipped = set(read_table(extracted / "skipped.csv", "image")["image"])
+        table = read_table(prepared / "captions.csv", "image", "split", "caption")
+        missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
+        if missing:
+            raise ArtifactError(
+                f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
+                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
+                "with the same max_photos."
+            )
+        table = table[table["image"].isin(row_of.keys())]
+        rows, names, references = {}, {}, {}
+        for split, part in table.groupby("split", sort=False):
+            captions = part.groupby("image", sort=False)["caption"].agg(list)
+            names[split] = list(captions.index)
+            rows[split] = np.array([row_of[name] for name in captions.index])
+            references[split] = [[tokenize(c) for c in captions_of] for captions_of in captions]
+        return cls(Vocab.load(prepared / "vocab.json"), rows, names, references)
+
+    def of(self, split: str) -> tuple[np.ndarray, list[list[list[str]]]]:
+        """Return the rows and the references of a split's photos; ArtifactError when it has none."""
+        if split not in self.rows:
+            raise ArtifactError(
+                f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
+                "Evaluate split='val', or run 02_vocab.ipynb with a test list."
+            )
+        return self.rows[split], self.references[split]
+
+    def batches(self, split: str, batch_size: int, max_length: int) -> CaptionBatches:
+        """Return a split's captions, cut to `max_length` words, as batches."""
+        pairs = [
+            (row, self.vocab.encode(words, max_length))
+            for row, captions in zip(self.rows[split], self.references[split], strict=True)
+            for words in captions
+        ]
+        return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
+
+
+class CaptionBatches:
+    """The captions of one split as ids, cut into batches of alike lengths.
+
+    rows  the photo (row of features.npy) of each caption
+    ids   the ids of each caption, <start> and <end> included
+    """
+
+    def __init__(self, rows: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int):
+        self.rows, self.batch_size = np.asarray(rows), batch_size
+        self.lengths = np.array([len(i) for i in ids])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def epoch(self, seed: int, number: int, shuffle: bool = True) -> list[np.ndarray]:
+        """Return the batches of epoch `number`, each an array of caption indices; a pure function of its arguments.
+
+        Captions are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled: hardly any
+        padding, and neighbours that differ from epoch to epoch.
+        """
+        if not shuffle:
+            order = np.argsort(self.lengths, kind="stable")
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        generator = np.random.default_rng((seed, number))
+        order, pool = generator.permutation(len(self.rows)), 64 * self.batch_size
+        for i in range(0, len(order), pool):
+            part = order[i : i + pool]
+            order[i : i + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def words(self, batch: np.ndarray) -> Tensor:
+        """Return the ids of a batch's captions (B, T), padded to the longest of them."""
+        lengths = self.lengths[batch]
+        places = np.arange(lengths.max())
+        inside = places < lengths[:, None]
+        ids = np.full(inside.shape, PAD, np.int64)
+        ids[inside] = self.flat[(self.starts[batch][:, None] + places)[inside]]
+        return torch.from_numpy(ids)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Photos to features
+# 4. Photos to features
 # ---------------------------------------------------------------------------------------------------------------------
 
 CPU_SLICE = 8  # photos a forward pass on a CPU: what the layers hand on stays in its cache, 1.3 times as fast as 32
@@ -2287,54 +2108,6 @@ class Features:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class CaptionBatches:
-    """The captions of one split as ids, cut into batches of alike lengths.
-
-    rows  the photo (row of features.npy) of each caption
-    ids   the ids of each caption, <start> and <end> included
-    """
-
-    def __init__(self, rows: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int):
-        self.rows, self.batch_size = np.asarray(rows), batch_size
-        self.lengths = np.array([len(i) for i in ids])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
-
-    def epoch(self, seed: int, number: int, shuffle: bool = True) -> list[np.ndarray]:
-        """Return the batches of epoch `number`, each an array of caption indices; a pure function of its arguments.
-
-        Captions are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled: hardly any
-        padding, and neighbours that differ from epoch to epoch.
-        """
-        if not shuffle:
-            order = np.argsort(self.lengths, kind="stable")
-            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        generator = np.random.default_rng((seed, number))
-        order, pool = generator.permutation(len(self.rows)), 64 * self.batch_size
-        for i in range(0, len(order), pool):
-            part = order[i : i + pool]
-            order[i : i + pool] = part[np.argsort(self.lengths[part], kind="stable")]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
-
-    def words(self, batch: np.ndarray) -> Tensor:
-        """Return the ids of a batch's captions (B, T), padded to the longest of them."""
-        lengths = self.lengths[batch]
-        places = np.arange(lengths.max())
-        inside = places < lengths[:, None]
-        ids = np.full(inside.shape, PAD, np.int64)
-        ids[inside] = self.flat[(self.starts[batch][:, None] + places)[inside]]
-        return torch.from_numpy(ids)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 7. Model
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2790,66 +2563,6 @@ def _gathered(values: Tensor) -> Tensor:
     parts = [torch.zeros_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values)
     return torch.stack(parts)
-
-
-@dataclass
-class CaptionData:
-    """01's and 02's results joined by photo name.
-
-    vocab       the vocabulary
-    rows        split -> rows of features.npy of its photos, in the order of captions.csv
-    names       split -> their names
-    references  split -> all tokenised captions of each of its photos
-    """
-
-    vocab: Vocab
-    rows: dict[str, np.ndarray]
-    names: dict[str, list[str]]
-    references: dict[str, list[list[list[str]]]]
-
-    @classmethod
-    def load(cls, extracted: Path | str, prepared: Path | str) -> CaptionData:
-        """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
-        extracted, prepared = Path(extracted), Path(prepared)
-        row_of = {
-            name: row
-            for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])
-        }
-        skipped = set(read_table(extracted / "skipped.csv", "image")["image"])
-        table = read_table(prepared / "captions.csv", "image", "split", "caption")
-        missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
-        if missing:
-            raise ArtifactError(
-                f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
-                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
-                "with the same max_photos."
-            )
-        table = table[table["image"].isin(row_of.keys())]
-        rows, names, references = {}, {}, {}
-        for split, part in table.groupby("split", sort=False):
-            captions = part.groupby("image", sort=False)["caption"].agg(list)
-            names[split] = list(captions.index)
-            rows[split] = np.array([row_of[name] for name in captions.index])
-            references[split] = [[tokenize(c) for c in captions_of] for captions_of in captions]
-        return cls(Vocab.load(prepared / "vocab.json"), rows, names, references)
-
-    def of(self, split: str) -> tuple[np.ndarray, list[list[list[str]]]]:
-        """Return the rows and the references of a split's photos; ArtifactError when it has none."""
-        if split not in self.rows:
-            raise ArtifactError(
-                f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
-                "Evaluate split='val', or run 02_vocab.ipynb with a test list."
-            )
-        return self.rows[split], self.references[split]
-
-    def batches(self, split: str, batch_size: int, max_length: int) -> CaptionBatches:
-        """Return a split's captions, cut to `max_length` words, as batches."""
-        pairs = [
-            (row, self.vocab.encode(words, max_length))
-            for row, captions in zip(self.rows[split], self.references[split], strict=True)
-            for words in captions
-        ]
-        return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
 
 
 # At the beginning of an epoch: its steps, negative log-likelihood, rewards, captions, tokens and seconds so far.

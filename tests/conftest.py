@@ -14,13 +14,14 @@ os.environ.setdefault(
 )  # before torch: spinning threads starve each other on two cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # on a CPU, wherever they run
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import sample  # noqa: E402
 import storyteller_utils as st  # noqa: E402
 
 
@@ -94,7 +95,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
     """A small drawn dataset: 24 photos with five captions each. Copy it before changing it."""
-    return st.draw_sample_dataset(tmp_path_factory.mktemp("drawn") / "sample", images=24, seed=5)
+    return sample.draw_dataset(tmp_path_factory.mktemp("drawn") / "sample", photos=24, seed=5)
 
 
 # The page (test_space.py, test_browser.py)

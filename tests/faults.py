@@ -25,7 +25,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import sample  # noqa: E402
 import storyteller_utils as st  # noqa: E402
 
 SEED, PHOTOS, KILLS = 13, 40, 20
@@ -91,7 +92,7 @@ class Ground:
 
     def __init__(self, folder: Path):
         self.folder, self.seconds = folder, {}
-        st.draw_sample_dataset(folder / "dataset", images=PHOTOS, seed=SEED)
+        sample.draw_dataset(folder / "dataset", photos=PHOTOS, seed=SEED)
         self.furnish(folder)
         for stage in st.STAGES:
             status, output, self.seconds[stage] = self.run(folder, stage)

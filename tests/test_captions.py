@@ -1,9 +1,11 @@
 """Datasets, caption formats and splits: no caption is lost silently, no photo is in two splits."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -419,15 +421,42 @@ def test_a_folder_without_photos_or_without_captions_says_what_is_missing(tmp_pa
         dataset(tmp_path, "x", file="notes.md")
 
 
-def test_off_kaggle_the_sample_is_drawn_once_and_named(here, monkeypatch):
-    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
-    first = st.find_dataset()
+@pytest.fixture
+def copied(here):
+    """A project's folder of its own: a copy of the module, and a painter of one photo."""
+    (here / "notebooks").mkdir()
+    (here / "notebooks/sample.py").write_text(PAINTER)
+    shutil.copy(st.__file__, here)
+    spec = importlib.util.spec_from_file_location("copied", here / "storyteller_utils.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "copied", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+PAINTER = f"""
+def draw_dataset(folder):
+    (folder / "Images").mkdir(parents=True)
+    (folder / "Images/dog.gif").write_bytes({ONE_PIXEL!r})
+    (folder / "captions.txt").write_text("image,caption\\ndog.gif,A dog .\\n")
+"""
+
+
+def test_off_kaggle_the_sample_is_drawn_once_and_named(copied):
+    first = copied.find_dataset()
     before = {path: path.stat().st_mtime_ns for path in first.photos.values()}
-    again = st.find_dataset()
+    again = copied.find_dataset()
     assert first.is_sample and "drawn" in first.describe() and "dataset_dir" in first.describe()
-    assert {path: path.stat().st_mtime_ns for path in again.photos.values()} == before and len(
-        before
-    ) == 10
+    assert {path: path.stat().st_mtime_ns for path in again.photos.values()} == before
+    assert len(before) == 1
+
+
+def test_a_module_without_its_project_asks_for_a_dataset(here, copied):
+    (here / "notebooks/sample.py").unlink()
+    with pytest.raises(copied.ArtifactError, match="no dataset: set dataset_dir"):
+        copied.find_dataset()
+    assert not (here / "outputs/sample_dataset").exists()
 
 
 def test_a_folder_in_the_home_directory_may_be_named_with_a_tilde(here, monkeypatch):
@@ -620,23 +649,3 @@ def test_real_lists_put_six_thousand_photos_into_train_and_one_thousand_into_val
         "train": 6000,
         "val": 1000,
     }
-
-
-# The drawn sample
-
-
-def test_the_sample_is_the_same_bytes_for_the_same_seed_and_others_for_another(tmp_path, drawn):
-    again = st.draw_sample_dataset(tmp_path / "again", images=8, seed=5)
-    other = st.draw_sample_dataset(tmp_path / "other", images=8, seed=6)
-    for name in ("Images/scene_0003.jpg", "Images/scene_0008.jpg"):
-        assert (
-            (again / name).read_bytes()
-            == (drawn / name).read_bytes()
-            != (other / name).read_bytes()
-        )
-    assert (drawn / "captions.txt").read_text().startswith((again / "captions.txt").read_text())
-    captions = st.read_captions(st.find_dataset(str(again)))
-    assert (
-        set(Counter(name for name, _ in captions.rows).values()) == {5}
-        and len(set(captions.rows)) == 40
-    )

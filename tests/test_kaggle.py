@@ -19,6 +19,7 @@ import nbformat
 import pytest
 from local_kaggle import LocalKaggle
 
+import sample
 import storyteller_utils as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -411,7 +412,7 @@ def run_copy(stage: str, copies: Path, base: Path, earlier: list) -> None:
 def ran(copies, tmp_path_factory):
     """The five copies, run by papermill, each as soon as what it reads is there."""
     base = tmp_path_factory.mktemp("kaggle")
-    st.draw_sample_dataset(base / "dataset", images=40, seed=3)
+    sample.draw_dataset(base / "dataset", photos=40, seed=3)
     with ThreadPoolExecutor() as pool:
         running = {}
         for stage, reads in st.STAGES.items():

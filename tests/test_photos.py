@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import nn
 
+import sample
 import storyteller_utils as st
 from support import begin_stage
 
@@ -1023,7 +1024,7 @@ def test_an_extraction_leaves_nothing_of_another_backbones(here, drawn):
 
 
 def test_a_scene_and_its_squashed_copy_have_the_same_features(here):
-    large = st.draw_sample_dataset(here / "large", images=8, seed=3, size=(500, 375))
+    large = sample.draw_dataset(here / "large", photos=8, seed=3, size=(500, 375))
     small = shutil.copytree(large, here / "small")
     for path in (small / "Images").iterdir():
         Image.open(path).resize((224, 224)).save(

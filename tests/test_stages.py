@@ -288,13 +288,13 @@ def test_a_folder_called_notebooks_of_another_project_is_left_alone(here, data, 
     assert Path.cwd() == here / "notebooks" and (here / "notebooks/outputs" / VOCAB).is_dir()
 
 
-def test_the_backbone_follows_from_the_dataset(here, data, monkeypatch):
+def test_the_backbone_follows_from_the_dataset(here, data):
     assert begin_stage(FEATURES, dataset_dir=data).settings.backbone == "resnet50"
     assert (
         begin_stage(FEATURES, dataset_dir=data, backbone="efficientnet_lite0").settings.backbone
         == "efficientnet_lite0"
     )
-    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
+    shutil.copytree(data, "outputs/sample_dataset")
     assert begin_stage(FEATURES).settings.backbone == "efficientnet_lite0"
 
 
@@ -332,10 +332,7 @@ def test_the_backbone_follows_from_the_dataset(here, data, monkeypatch):
         (DEPLOY, "private", True),
     ],
 )
-def test_a_setting_that_is_not_allowed_is_named_with_its_value(
-    here, monkeypatch, stage, setting, value
-):
-    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)  # where it fails, it shall fail soon
+def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, stage, setting, value):
     with pytest.raises(ValueError) as error:
         begin_stage(stage, **{setting: value})
     assert setting in str(error.value) and repr(value) in str(error.value)
@@ -343,8 +340,7 @@ def test_a_setting_that_is_not_allowed_is_named_with_its_value(
 
 
 @pytest.mark.parametrize("stage", st.STAGES)
-def test_an_unknown_setting_is_refused_by_its_name(here, monkeypatch, stage):
-    monkeypatch.setattr(st, "SAMPLE_PHOTOS", 10)
+def test_an_unknown_setting_is_refused_by_its_name(here, stage):
     with pytest.raises((ValueError, TypeError), match="bacth_size"):
         begin_stage(stage, bacth_size=3)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 import storyteller_utils as st
 from support import begin_stage
 
@@ -30,7 +31,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     before = Path.cwd()
     os.chdir(folder)
-    st.draw_sample_dataset(Path("drawn"), images=60, size=(64, 48))
+    sample.draw_dataset("drawn", photos=60, size=(64, 48))
     run = begin_stage("02_vocab", dataset_dir="drawn", min_count=2)
     captions = st.read_captions(run.dataset)
     split_of = st.split_photos(list(run.dataset.photos), 13)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import sample
 import storyteller_utils as st
 
 VOCABULARY = 7_689
@@ -27,9 +28,7 @@ class Material:
 
     @functools.cached_property
     def photos(self) -> list[Path]:
-        drawn = st.draw_sample_dataset(
-            self.folder / "photos", self.count, size=(500, 375), quality=95
-        )
+        drawn = sample.draw_dataset(self.folder / "photos", self.count, size=(500, 375), quality=95)
         return sorted((drawn / "Images").iterdir())
 
     def some(self, count: int) -> list[Path]:
