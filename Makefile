@@ -1,6 +1,7 @@
 # Everything here also works without make: README.md shows the plain commands.
 PYTHON ?= python3
 VENV ?= .venv
+KAGGLE_PYTHON ?= python3.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORDNET := $(VENV)/nltk_data/corpora/wordnet
@@ -72,10 +73,18 @@ load: $(VENV)/test  ## thirty-two visitors at once for a minute: errors, memory,
 mutants: $(VENV)/test  ## plant twenty bugs, one at a time, and see that the fast tests catch them
 	$(BIN)/python tests/mutants.py
 
+$(VENV)-kaggle/ready: tests/kaggle_image.txt
+	$(KAGGLE_PYTHON) -m venv $(VENV)-kaggle
+	$(VENV)-kaggle/bin/python -m pip --disable-pip-version-check install -r tests/kaggle_image.txt
+	@touch $@
+
+test-kaggle: $(VENV)-kaggle/ready  ## the rendered notebooks with the package versions of Kaggle's image
+	$(VENV)-kaggle/bin/python -m pytest tests/test_kaggle.py -q -k "kaggles_layout or last_copy"
+
 kaggle: $(VENV)/run  ## five self-contained notebooks for Kaggle's Import Notebook
 	@set -e; copies=$$(mktemp -d); $(BIN)/python kaggle/push.py --dry-run $$copies; mkdir -p outputs/kaggle; \
 		mv $$copies/*/*.ipynb outputs/kaggle/; rm -r $$copies
 	@echo "outputs/kaggle holds them; kaggle/README.md says what to click."
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-kaggle outputs
