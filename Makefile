@@ -67,6 +67,9 @@ faults: $(VENV)/test  ## kill, starve and damage every stage, and see that nothi
 rehearsal: $(VENV)/test  ## all five notebooks at Flickr30k's full size: seconds, silence, memory, disk
 	$(BIN)/python tests/rehearsal.py
 
+gpu: $(VENV)/test  ## what only a CUDA GPU can show, with a report in outputs/gpu (without a GPU: GPU=--cpu)
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python tests/gpu.py $(GPU)
+
 load: $(VENV)/test  ## thirty-two visitors at once for a minute: errors, memory, waiting times
 	$(BIN)/python tests/load.py
 

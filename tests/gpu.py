@@ -1,0 +1,162 @@
+"""Show on a machine with a CUDA GPU what only a GPU can show: `make gpu`, in at most 8 minutes.
+
+The tests that need a GPU; 01, 03 (original and best; float32, bfloat16, and float16 with GradScaler
+as on a T4; stopped and resumed; two processes on one GPU) and 04 on 1,000 drawn photos, beside the
+CPU's numbers; a part of the benchmarks. The report is outputs/gpu/report.md. With --cpu the same
+steps run on the CPU, float16 included, on fewer photos: that the script works, not how fast.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import torch  # noqa: E402
+
+import storyteller_utils as st  # noqa: E402
+from sample import draw_sample_dataset  # noqa: E402
+
+LIMIT = 480  # seconds; a step that would begin later is left out, and the report says so
+EXTRACT, VOCAB, TRAIN, EVALUATE, _ = st.STAGES
+
+
+@dataclass(frozen=True)
+class Step:
+    """Stages to run with these parameters; `cpu`: on the CPU, for comparison."""
+
+    name: str
+    stages: dict[str, dict] = field(default_factory=dict)
+    cpu: bool = False
+
+
+def steps(epochs: int) -> list[Step]:
+    """List what is shown, in order: what matters most comes first."""
+    original = {"epochs": epochs, "batch_size": 32}
+    best = {"recipe": "best", "epochs": epochs, "self_critical": 1, "batch_size": 32}
+    return [
+        Step("features and vocabulary", {EXTRACT: {"regions": 49}, VOCAB: {"min_count": 2}}),
+        *(
+            Step(f"original, {precision}", {TRAIN: original | {"precision": precision}})
+            for precision in ("float16", "bfloat16", "float32")
+        ),
+        Step("original, float32, CPU", {TRAIN: original | {"precision": "float32"}}, cpu=True),
+        Step(
+            "original, two processes on one GPU",
+            {TRAIN: original | {"precision": "float16", "torchrun": "--nproc-per-node=2"}},
+        ),
+        Step("best, float16, stopped", {TRAIN: best | {"precision": "float16", "max_hours": 1e-6}}),
+        Step("best, float16, resumed", {TRAIN: best | {"precision": "float16"}}),
+        Step("evaluation", {EVALUATE: {}}),
+    ]
+
+
+def run_stage(folder: Path, stage: str, parameters: dict, cpu: bool) -> None:
+    """Run a notebook by papermill in `folder`; SystemExit with the end of its log if it fails."""
+    given = {"dataset_dir": "dataset", **parameters}
+    words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    papermill = str(Path(sys.executable).with_name("papermill"))
+    notebook = str(ROOT / f"notebooks/{stage}.ipynb")
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    done = subprocess.run(
+        [papermill, notebook, f"{stage}.ipynb", "--log-output", "--no-progress-bar", *words],
+        cwd=folder,
+        env=os.environ | hidden,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{stage} failed:\n{done.stderr[-4000:]}")
+
+
+def last_epoch(folder: Path) -> list[str]:
+    """Return epochs, losses, CIDEr-D and captions a second of 03's last epoch, if there is one."""
+    path = folder / "outputs" / TRAIN / "history.csv"
+    if not path.is_file():
+        return [""] * 5
+    line = st.read_table(path).iloc[-1]
+    names = ("epoch", "train_loss", "val_loss", "val_cider", "captions_per_second")
+    return [str(line[name]) for name in names]
+
+
+def run_steps(folder: Path, epochs: int, began: float) -> list[list[str]]:
+    """Run every step. Returns rows of the report's table."""
+    rows = []
+    for step in steps(epochs):
+        if time.monotonic() - began > LIMIT - 60:
+            rows.append([step.name, "left out: no time", *[""] * 5])
+            continue
+        started = time.monotonic()
+        if TRAIN in step.stages and "resumed" not in step.name:
+            shutil.rmtree(folder / "outputs" / TRAIN, ignore_errors=True)
+        for stage, parameters in step.stages.items():
+            run_stage(folder, stage, parameters, step.cpu)
+        numbers = last_epoch(folder) if TRAIN in step.stages else [""] * 5
+        rows.append([step.name, f"{time.monotonic() - started:.0f}", *numbers])
+        print(*rows[-1], sep=" | ", flush=True)
+    return rows
+
+
+def command_output(*command: str, seconds: float) -> str:
+    """Run a command of the project for at most so long. Returns the end of what it printed."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    return (done.stdout + done.stderr)[-6000:]
+
+
+def report(card: str, rows: list[list[str]], extra: dict[str, str]) -> str:
+    """Write the report as Markdown."""
+    heads = [
+        "step",
+        "seconds",
+        "epoch",
+        "training loss",
+        "validation loss",
+        "CIDEr-D",
+        "captions/s",
+    ]
+    lines = [f"# {card}, torch {torch.__version__}", "", f"| {' | '.join(heads)} |"]
+    lines.append("|---" * len(heads) + "|")
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    for title, text in extra.items():
+        lines += ["", f"## {title}", "", "```", text.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cpu", action="store_true", help="the same steps on the CPU, smaller")
+    parser.add_argument("--photos", type=int, default=0, help="default: 1,000, with --cpu 60")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.cpu:
+        sys.exit("There is no CUDA GPU here. With --cpu the same steps run on the CPU.")
+    began, out = time.monotonic(), Path("outputs/gpu").resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    photos = arguments.photos or (60 if arguments.cpu else 1000)
+    draw_sample_dataset(out / "dataset", images=photos)
+    card = "CPU" if arguments.cpu else torch.cuda.get_device_name()
+    rows = run_steps(out, 2 if arguments.cpu else 6, began)
+    extra = {}
+    if not arguments.cpu:
+        tests = ("-m", "pytest", "tests/test_gpu.py", "-q", "-rs")
+        extra["Tests that need a GPU"] = command_output(*tests, seconds=120)
+        remaining = max(30, LIMIT - (time.monotonic() - began))
+        bench = ("tests/bench/bench.py", "--only", "training", "beam", "attention")
+        extra["Benchmarks"] = command_output(*bench, seconds=remaining)
+    (out / "report.md").write_text(report(card, rows, extra), encoding="utf-8")
+    shutil.rmtree(out / "dataset")
+    print(f"{out / 'report.md'} holds the report ({time.monotonic() - began:.0f} s).")
+
+
+if __name__ == "__main__":
+    main()

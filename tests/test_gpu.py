@@ -1,0 +1,46 @@
+"""What needs a GPU: the same features and captions as on the CPU, in every precision it has."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import storyteller_utils as st
+from support import ROOT
+
+# conftest.py hides GPUs from all other tests; `make gpu` shows them: CUDA_VISIBLE_DEVICES=0.
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible here")
+
+
+@needs_gpu
+def test_the_gpu_captions_photos_as_the_cpu_does():
+    photos = sorted((ROOT / "space/examples").glob("*.jpg"))
+    captions = {}
+    for device in ("cpu", "cuda"):
+        storyteller = st.Storyteller.from_pretrained(ROOT / "space/model", device)
+        storyteller.config["precision"] = "float32"
+        captions[device] = storyteller.caption(photos)
+    for cpu, gpu in zip(captions["cpu"], captions["cuda"], strict=True):
+        assert gpu.text == cpu.text and gpu.score == pytest.approx(cpu.score, abs=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_features_on_the_gpu_are_those_of_the_cpu(dtype):
+    photos = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
+    cpu = st.load_backbone("efficientnet_lite0").prepare(torch.device("cpu"), torch.float32)
+    gpu = st.load_backbone("efficientnet_lite0").prepare(torch.device("cuda"), dtype)
+    similarity = torch.cosine_similarity(cpu(photos, 1), gpu(photos, 1).cpu(), dim=-1)
+    assert similarity.min() > 0.99
+
+
+def test_the_gpu_script_goes_through_its_steps_on_a_cpu(tmp_path):
+    command = [sys.executable, str(ROOT / "tests/gpu.py"), "--cpu", "--photos", "40"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    report = (tmp_path / "outputs/gpu/report.md").read_text()
+    assert all(f"| original, {name}" in report for name in ("float16", "bfloat16", "float32"))
+    assert "best, float16, resumed" in report and "left out" not in report
