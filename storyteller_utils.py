@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -62,9 +63,9 @@ LOCATIONS = {
     "backbone_weights",
     "resume_from",
     "space_id",
+    "captions",
     "max_hours",
-    "machines",
-    "rendezvous",
+    "torchrun",
 }
 
 
@@ -404,29 +405,30 @@ def peak_memory() -> int:
     )
 
 
-def start(stage: str, parameters: dict | None = None) -> Run:
+def _choose_settings(stage: str, parameters: dict):
+    """Pick a stage's settings out of a notebook's variables, by the names of their fields."""
+    names = [field.name for field in dataclasses.fields(SETTINGS[stage])]
+    if missing := [name for name in names if name not in parameters]:
+        raise ValueError(
+            f"{stage} lacks the parameter {', '.join(missing)}; they are in the notebook's second cell"
+        )
+    # papermill only warns of a parameter that a notebook does not have; what it injected is in the
+    # kernel's history.
+    for cell in getattr(sys.modules["__main__"], "In", []):
+        given = re.findall(r"^(\w+) = ", cell, re.M) if cell.startswith("# Parameters\n") else []
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(f"{stage} has no parameter {unknown[0]}; it has {', '.join(names)}")
+    return SETTINGS[stage](**{name: parameters[name] for name in names})
+
+
+def start(stage: str, parameters: dict) -> Run:
     """Begin a stage: check its settings, find its dataset, mark it unfinished.
 
     parameters  a notebook's `globals()`: the settings are picked by their names (section 2)
     """
-    names = [field.name for field in dataclasses.fields(SETTINGS[stage])]
-    settings = {name: parameters[name] for name in names if name in (parameters or {})}
     if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
         os.chdir("..")
-    checked = SETTINGS[stage](
-        **{k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in settings.items()}
-    )
-    # papermill only warns of a parameter that a notebook does not have; what it injected is in the kernel's history.
-    for cell in getattr(sys.modules["__main__"], "In", []):
-        unknown = (
-            set(re.findall(r"^(\w+) = ", cell, re.M)) - settings.keys()
-            if cell.startswith("# Parameters\n")
-            else ()
-        )
-        if unknown:
-            raise ValueError(
-                f"{stage} has no parameter {', '.join(sorted(unknown))}; it has {', '.join(settings)}"
-            )
+    checked = _choose_settings(stage, parameters)
     dataset = find_dataset(checked.dataset_dir) if hasattr(checked, "dataset_dir") else None
     if getattr(checked, "backbone", None) == "":
         checked = dataclasses.replace(
@@ -451,39 +453,21 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
 
     processes  on this machine; 0: as many as there are GPUs, at least one
 
-    With `machines` above 1, the first waits here for the others, on each of which the printed command is run, in a copy of
-    the project's folder with its outputs/, made now: the job is described in there. The notebook's own process never touches
-    CUDA. A worker's failure is raised here under the same message.
+    The setting `torchrun` hands it more options, as for several machines: the printed command is then run on the others with
+    their --node-rank, in a copy of the project's folder with its outputs/, made now: the job is described in there. The
+    notebook's own process never touches CUDA. A worker's failure is raised here under the same message.
     """
     job = run.out / ".job.json"
     write_json(job, run.job())
-    processes, machines = (
-        processes or max(1, torch.cuda.device_count()),
-        getattr(run.settings, "machines", 1),
-    )
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--nnodes={machines}",
-    ]
-    if machines > 1:
-        torchrun += [
-            "--node-rank=0",
-            "--rdzv-backend=static",
-            f"--rdzv-endpoint={run.settings.rendezvous}",
-        ]
-    else:
-        torchrun = [*torchrun, "--standalone"] if processes > 1 else []
-    for rank in range(machines):
-        others = [word.replace("rank=0", f"rank={rank}") for word in torchrun]
-        print(
-            f"{f'machine {rank}: ' if machines > 1 else ''}$ python",
-            *others,
-            Path(__file__).name,
-            command,
-            job,
-        )
+    processes = processes or max(1, torch.cuda.device_count())
+    options = shlex.split(getattr(run.settings, "torchrun", ""))
+    torchrun = []
+    if options or processes > 1:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        if not any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
+            torchrun.append("--standalone")
+        torchrun += options
+    print("$ python", *map(shlex.quote, [*torchrun, Path(__file__).name, command, str(job)]))
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
     with (
         tempfile.TemporaryDirectory() as scratch
@@ -530,170 +514,170 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check(settings, **allowed) -> None:
-    """Raise ValueError for the first field whose value is of the wrong kind or not allowed, naming both."""
-    for field in dataclasses.fields(settings):
-        value, kind = (
-            getattr(settings, field.name),
-            {"str": str, "int": int, "float": (int, float)}[field.type],
-        )
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{field.name} is {value!r}; it must be {field.type}")
-        rule = allowed.get(field.name)
-        if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-            raise ValueError(
-                f"{field.name} is {value!r}; it must lie between {rule[0]} and {rule[1]}"
-            )
-        if isinstance(rule, list) and value not in rule:
-            raise ValueError(
-                f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, rule))}"
-            )
-
-
-# Of beam search, chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
+# Chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
 LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
 PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
-PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
-BIG, SEEDS = 10**9, (0, 2**32 - 1)
+BIG = 10**9
+
+
+def _between(low: float, high: float):
+    """Declare a setting whose value lies between two numbers, both allowed."""
+    return dataclasses.field(metadata={"between": (low, high)})
+
+
+def _one_of(choices):
+    """Declare a setting that has one of `choices`, or of what they return."""
+    return dataclasses.field(metadata={"choices": choices})
+
+
+def _typed(field: dataclasses.Field, value):
+    """Return `value` as the type that a setting declares, or raise ValueError."""
+    kind, _, optional = field.type.partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "str" and type(value) in (int, float):
+        return str(value)  # what papermill makes of "-p dataset_dir 2024"
+    allowed = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind == "bool"):
+        wanted = "True or False" if kind == "bool" else field.type.replace("|", "or")
+        raise ValueError(f"{field.name} is {value!r}; it must be {wanted}")
+    return os.path.expanduser(value) if kind == "str" else value
+
+
+class _Settings:
+    """A stage's parameters: names, types and rules; the defaults are in its notebook's parameter cell."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _typed(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)  # the dataclasses are frozen
+            if value is not None:
+                self._check(field, value)
+
+    def _check(self, field: dataclasses.Field, value) -> None:
+        low, high = field.metadata.get("between", (value, value))
+        choices = field.metadata.get("choices", [value])
+        choices = list(choices() if callable(choices) else choices)
+        # A NaN is not between any two numbers, not even between itself and itself.
+        if not low <= value <= high:
+            rule = f"lie between {low} and {high}"
+        elif value not in choices:
+            rule = f"be one of {', '.join(map(repr, choices))}"
+        else:
+            return
+        instead = ", or be None" if "None" in field.type else ""
+        raise ValueError(f"{field.name} is {value!r}; it must {rule}{instead}")
+
+
+def _seed():
+    return _between(0, 2**32 - 1)
+
+
+def _precision():
+    return _one_of(["auto", "float32", "bfloat16", "float16"])
 
 
 @dataclass(frozen=True)
-class ExtractSettings:
+class ExtractSettings(_Settings):
     """Settings of 01_extract_features."""
 
-    dataset_dir: str = ""
-    backbone: str = ""
-    backbone_weights: str = ""
-    preprocessing: str = "squash"
-    photo_size: int = PHOTO_SIZE
-    regions: int = 1
-    flips: str = "no"
-    batch_size: int = 32
-    max_photos: int = 0
-    precision: str = "auto"
+    dataset_dir: str
+    backbone: str
+    backbone_weights: str
+    preprocessing: str = _one_of(["squash", "crop"])
+    photo_size: int = _between(64, 1024)
+    regions: int = _one_of([1, 49])
+    flips: bool
+    batch_size: int = _between(1, 4096)
+    max_photos: int = _between(0, BIG)
+    precision: str = _precision()
 
     def __post_init__(self):
-        _check(
-            self,
-            preprocessing=["squash", "crop"],
-            photo_size=(64, 1024),
-            regions=[1, 49],
-            batch_size=(1, 4096),
-            flips=["yes", "no"],
-            max_photos=(0, BIG),
-            precision=PRECISIONS,
-        )
+        super().__post_init__()
         if self.backbone:
             find_backbone(self.backbone)
 
 
 @dataclass(frozen=True)
-class VocabSettings:
+class VocabSettings(_Settings):
     """Settings of 02_vocab."""
 
-    dataset_dir: str = ""
-    splits: str = ""
-    min_count: int = 5
-    max_photos: int = 0
-    seed: int = 13
-
-    def __post_init__(self):
-        _check(self, min_count=(1, BIG), max_photos=(0, BIG), seed=SEEDS)
+    dataset_dir: str
+    captions: str
+    caption_column: str
+    language: str
+    splits: str
+    min_count: int = _between(1, BIG)
+    max_photos: int = _between(0, BIG)
+    seed: int = _seed()
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Settings of 03_train_dual_t4. 0 or "" stands for the recipe's value, -1 for none of it."""
+class TrainSettings(_Settings):
+    """Settings of 03_train_dual_t4. None stands for the recipe's value."""
 
-    dataset_dir: str = ""
-    recipe: str = "original"
-    epochs: int = 0
-    batch_size: int = 0
-    learning_rate: float = 0.0
-    max_caption_length: int = 0
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
-    accumulate: int = 1
-    select_by: str = "cider"
-    self_critical: int = 0
-    standardise: str = "yes"
-    precision: str = "auto"
-    max_hours: float = 0.0
-    machines: int = 1
-    rendezvous: str = ""
-    resume_from: str = ""
-    seed: int = 13
+    dataset_dir: str
+    recipe: str = _one_of(lambda: RECIPES)
+    epochs: int | None = _between(1, 10_000)
+    batch_size: int | None = _between(1, 65_536)
+    learning_rate: float | None = _between(1e-9, 1)
+    max_caption_length: int | None = _between(1, 1000)
+    dropout: float | None = _between(0, 0.9)
+    label_smoothing: float | None = _between(0, 0.9)
+    accumulate: int = _between(1, 1024)
+    select_by: str = _one_of(["cider", "loss"])
+    self_critical: int | None = _between(0, 1000)
+    val_photos: int = _between(0, BIG)
+    standardise: bool
+    precision: str = _precision()
+    max_hours: float | None = _between(1e-9, BIG)
+    torchrun: str
+    resume_from: str
+    seed: int = _seed()
 
     def __post_init__(self):
-        _check(
-            self,
-            recipe=list(RECIPES),
-            epochs=(0, 10000),
-            batch_size=(0, 65536),
-            learning_rate=(0, 1),
-            max_caption_length=(0, 1000),
-            dropout=(-1, 0.9),
-            label_smoothing=(-1, 0.9),
-            accumulate=(1, 1024),
-            select_by=["cider", "loss"],
-            self_critical=(-1, 1000),
-            standardise=["yes", "no"],
-            precision=PRECISIONS,
-            max_hours=(0, BIG),
-            machines=(1, 1024),
-            seed=SEEDS,
-        )
+        super().__post_init__()
         if self.select_by == "loss" and self.resolved()["self_critical"]:
             raise ValueError(
-                "select_by is 'loss', which self-critical epochs raise; set self_critical=-1, or select_by='cider'"
-            )
-        if self.machines > 1 and not re.fullmatch(r".+:\d+", self.rendezvous):
-            raise ValueError(
-                f"rendezvous is {self.rendezvous!r}; for several machines it must be host:port of the first one"
+                "select_by is 'loss', which self-critical epochs raise; set self_critical=0, "
+                "or select_by='cider'"
             )
 
     def resolved(self) -> dict:
         """Return the recipe with every parameter that was set put in its place."""
-        recipe = dict(RECIPES[self.recipe])
-        for name in recipe.keys() & {f.name for f in dataclasses.fields(self)}:
-            value = getattr(self, name)
-            recipe[name] = recipe[name] if value == 0 else max(value, 0)
-        return recipe
+        settings = dataclasses.asdict(self)
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return {name: chosen.get(name, value) for name, value in RECIPES[self.recipe].items()}
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """Settings of 04_evaluate."""
+class EvaluateSettings(_Settings):
+    """Settings of 04_evaluate. None stands for the default of beam search."""
 
-    dataset_dir: str = ""
-    split: str = "test"
-    beam_width: int = 5
-    length_preference: float = LENGTH_PREFERENCE
-    min_length: int = 0
-    no_repeat: int = NO_REPEAT
-    seed: int = 13
+    dataset_dir: str
+    split: str = _one_of(["train", "val", "test"])
+    beam_width: int | None = _between(1, 100)
+    length_preference: float | None = _between(0, 5)
+    min_length: int | None = _between(0, 30)
+    no_repeat: int | None = _between(0, 30)
+    seed: int = _seed()
 
-    def __post_init__(self):
-        _check(
-            self,
-            split=["train", "val", "test"],
-            beam_width=(1, 100),
-            length_preference=(0, 5),
-            min_length=(0, MAX_WORDS),
-            no_repeat=(0, MAX_WORDS),
-            seed=SEEDS,
-        )
+    def decoding(self) -> dict:
+        """Return the options of beam search that were set."""
+        names = ("beam_width", "length_preference", "min_length", "no_repeat")
+        chosen = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class DeploySettings:
+class DeploySettings(_Settings):
     """Settings of 05_deploy."""
 
-    space_id: str = ""
-    private: str = "yes"
+    space_id: str
+    private: bool
 
     def __post_init__(self):
-        _check(self, private=["yes", "no"])
+        super().__post_init__()
         if self.space_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.space_id):
             raise ValueError(
                 f"space_id is {self.space_id!r}; it must be owner/name, or empty to build only"
@@ -1903,7 +1887,7 @@ def extract_worker(job: dict) -> None:
     dtype, reason = precision_here(device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.backbone_weights)
     views = {"features": False} | (
-        {"features_flip": True} if settings.flips == "yes" else {}
+        {"features_flip": True} if settings.flips else {}
     )  # name -> mirrored
     side, how = settings.photo_size, settings.preprocessing
     key = sha256(
@@ -2013,7 +1997,7 @@ def _read_shard(path: Path, name: str) -> np.ndarray:
 def extract(run: Run) -> dict:
     """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
 
-    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips="yes"
+    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips=True
     features_flip.npy, the features of the mirrored photos.
     """
     write_json(
@@ -2479,7 +2463,7 @@ class Captioner(nn.Module):
 
 # What a recipe fixes; a setting of the same name overrides it. averaging: how much of the averaged weights a step keeps,
 # which are then those that are told with; patience: epochs without a better one after which it is enough; self_critical:
-# epochs of that phase, after the others; flips: whether mirrored photos (01 with flips="yes") are looked at half the time.
+# epochs of that phase, after the others; flips: whether mirrored photos (01 with flips=True) are looked at half the time.
 RECIPES = {
     "original": {
         "decoder": "lstm",
@@ -2498,7 +2482,7 @@ RECIPES = {
         "self_critical": 0,
         "flips": False,
     },
-    # These need 01 with regions=49; photo_size=320 and flips="yes" make the most of them.
+    # These need 01 with regions=49; photo_size=320 and flips=True make the most of them.
     "attention": {
         "decoder": "attention",
         "sizes": {"embedding": 256, "hidden": 512, "attention": 256},
@@ -2617,7 +2601,7 @@ class Trainer:
         self.precision, self.reason = precision_here(self.device, self.settings.precision)
         torch.manual_seed(self.settings.seed)
         moments = self.features.moments(self.data.rows["train"])
-        if self.settings.standardise == "no":
+        if not self.settings.standardise:
             moments = torch.zeros_like(moments[0]), torch.ones_like(moments[1])
         self.captioner = self.model = Captioner(
             self.recipe["decoder"],
@@ -2644,7 +2628,9 @@ class Trainer:
         # What last.pt holds besides weights: epochs done, phase (1: self-critical), and what BEGINNING has of this epoch.
         self.at = dict(BEGINNING, epoch=0, phase=0)
         self.editions, self.saved, self.stop = job["editions"], time.monotonic(), ""
-        hours = self.settings.max_hours or (KAGGLE_HOURS if kaggle_input() else math.inf)
+        hours = self.settings.max_hours
+        if hours is None:
+            hours = KAGGLE_HOURS if kaggle_input() else math.inf
         self.deadline = time.monotonic() + 3600 * hours
         self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
         # Another GPU's precision, or less memory a step, does not make it another run.
@@ -3013,7 +2999,7 @@ class Trainer:
             "precision": settings["precision"],
             "dataset": extracted["dataset"],
             "recipe": self.settings.recipe,
-            "command": make_command(stages),
+            "settings": stages,
             "training": {
                 **recipe,
                 "seed": self.settings.seed,
@@ -3131,24 +3117,6 @@ class Trainer:
                 "captions": 0,
             }  # what all processes had is the first one's now
         return True
-
-
-def make_command(settings: dict[str, dict]) -> str:
-    """Return the command that repeats stages with these settings ({stage: its settings}); folders and files as words."""
-    words = []
-    for stage, chosen in settings.items():
-        usual = dataclasses.asdict(SETTINGS[stage]())
-        given = {
-            name: value
-            for name, value in chosen.items()
-            if value != usual[name] and name not in LOCATIONS
-        }
-        given |= {name: name.upper() for name in ("splits", "backbone_weights") if chosen.get(name)}
-        if given:
-            words.append(
-                f"{stage}='{' '.join(f'-p {name} {value}' for name, value in given.items())}'"
-            )
-    return " ".join(["make run DATASET=FOLDER", *words])
 
 
 def train_worker(job: dict) -> None:
@@ -3669,6 +3637,15 @@ def default_model() -> Path:
     )
 
 
+def _settings_table(settings: dict[str, dict]) -> list[str]:
+    """Return a table of what each stage was set to, but for folders and files."""
+    rows = [
+        f"| {stage} | {', '.join(f'{k}={v!r}' for k, v in chosen.items() if k not in LOCATIONS)} |"
+        for stage, chosen in settings.items()
+    ]
+    return ["Settings:", "", "| stage | settings |", "|---|---|", *rows, ""] if rows else []
+
+
 def model_card(config: dict) -> str:
     """Write a captioner's README.md: front matter for the Hub, what it is, how to use it, scores, limits.
 
@@ -3724,8 +3701,7 @@ def model_card(config: dict) -> str:
         'print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)',
         "```",
         "",
-        f"Made by `{config['command']}`." if "command" in config else "",
-        "",
+        *_settings_table(config.get("settings", {})),
         "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
         "counts and rare things, and it should decide nothing about anybody.",
         "",

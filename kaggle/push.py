@@ -6,6 +6,7 @@ Kaggle takes one file a notebook: a copy brings the module in a hidden cell, and
 """
 
 import argparse
+import ast
 import base64
 import contextlib
 import dataclasses
@@ -175,6 +176,22 @@ def write_copies(folder: Path, owner: str, values: dict[str, dict]) -> None:
         )
 
 
+def defaults(stage: str) -> dict:
+    """Return a notebook's parameters as its parameter cell has them."""
+    import papermill
+
+    shown = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{stage}.ipynb"))
+    return {name: ast.literal_eval(cell["default"]) for name, cell in shown.items()}
+
+
+def parse(text: str):
+    """Return what a text is as a number, True, False or None; else the text, as papermill does."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
     """Give each stage those of the "name=value" parameters that it has. Returns stage -> {name: value}.
 
@@ -195,16 +212,10 @@ def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
                 else f"--param {name} lacks a value: {name}=value"
             )
         for stage in takers:
-            try:
-                values[stage][name] = {"str": str, "int": int, "float": float}[kinds[stage][name]](
-                    text
-                )
-            except ValueError:
-                raise ValueError(
-                    f"{name} is {text!r}; {stage} needs {kinds[stage][name]}"
-                ) from None
+            values[stage][name] = text if kinds[stage][name] == "str" else parse(text)
     for stage, chosen in values.items():
-        st.SETTINGS[stage](**chosen)  # what the notebook would refuse there is refused here
+        # What the notebook would refuse there is refused here.
+        st.SETTINGS[stage](**defaults(stage) | chosen)
     return values
 
 

@@ -18,7 +18,7 @@ def _cell(stage: str) -> str:
 
 
 def parameters(stage: str, **changes) -> dict:
-    """Return a stage's parameters as its notebook has them, but for `changes`."""
+    """Return a stage's parameters as its notebook's cell has them, but for `changes`."""
     values: dict = {}
     exec(_cell(stage), values)
     values = {name: value for name, value in values.items() if not name.startswith("__")}

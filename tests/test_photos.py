@@ -831,7 +831,7 @@ def test_an_unknown_backbone_is_a_value_error_that_names_it(name):
         st.load_backbone(name)
 
 
-@pytest.mark.parametrize("flips", ["no", "yes"])
+@pytest.mark.parametrize("flips", [False, True])
 def test_mirrored_photos_are_a_second_file_of_their_own_features(
     drawn, tmp_path, monkeypatch, flips
 ):
@@ -847,8 +847,8 @@ def test_mirrored_photos_are_a_second_file_of_their_own_features(
         flips=flips,
     )
     st.extract(run)
-    assert (run.out / "features_flip.npy").exists() == (flips == "yes")
-    if flips == "yes":
+    assert (run.out / "features_flip.npy").exists() == flips
+    if flips:
         names = run.dataset.some(5)
         photos = torch.stack(
             [st.preprocess(st.open_photo(run.dataset.photos[name])).flip(2) for name in names]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import storyteller_utils as st
-from support import begin_stage
+from support import begin_stage, parameters
 
 pytestmark = pytest.mark.fast
 
@@ -328,8 +328,11 @@ def test_the_backbone_follows_from_the_dataset(here, data):
         (EVALUATE, "beam_width", 0),
         (EVALUATE, "length_preference", -1.0),
         (DEPLOY, "space_id", "just-a-name"),
-        (DEPLOY, "private", "maybe"),
-        (DEPLOY, "private", True),
+        (DEPLOY, "private", "yes"),
+        (DEPLOY, "private", 1),
+        (FEATURES, "flips", "no"),
+        (TRAIN, "dropout", -1),
+        (TRAIN, "seed", None),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, stage, setting, value):
@@ -347,7 +350,7 @@ def test_an_unknown_setting_is_refused_by_its_name(here, stage):
 
 @pytest.mark.parametrize("stage", st.STAGES)
 def test_every_stage_has_settings_whose_defaults_are_allowed(stage):
-    settings = st.SETTINGS[stage]()
+    settings = st.SETTINGS[stage](**parameters(stage))
     with pytest.raises(AttributeError):
         settings.seed = 1
 

@@ -203,8 +203,8 @@ def test_a_broken_checkpoint_is_one_artifact_error(data):
 @pytest.mark.fast
 def test_slices_of_a_batch_give_the_gradient_of_the_whole():
     whole, sliced = (
-        st.Trainer(begin(dropout=-1).job()),
-        st.Trainer(begin(dropout=-1, accumulate=4).job()),
+        st.Trainer(begin(dropout=0).job()),
+        st.Trainer(begin(dropout=0, accumulate=4).job()),
     )
     for trainer in (whole, sliced):
         for step, batch in enumerate(trainer.batches["train"].epoch(13, 0)):
@@ -214,11 +214,11 @@ def test_slices_of_a_batch_give_the_gradient_of_the_whole():
 
 
 def test_two_processes_train_what_one_does():
-    alone, together = begin(dropout=-1, epochs=2, batch_size=25), None
+    alone, together = begin(dropout=0, epochs=2, batch_size=25), None
     st.launch("train", alone, processes=1)
     expected, history = last(alone)["model"], without_clock(last(alone)["history"])
     st.shutil.rmtree(alone.out)
-    together = begin(dropout=-1, epochs=2, batch_size=25)
+    together = begin(dropout=0, epochs=2, batch_size=25)
     st.launch("train", together, processes=2)
     for name, tensor in last(together)["model"].items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
@@ -567,13 +567,13 @@ def test_the_first_failure_is_the_one_that_is_told(monkeypatch, tmp_path):
 
 
 def test_the_loss_does_not_choose_among_self_critical_epochs():
-    with pytest.raises(ValueError, match="select_by is 'loss'.*self_critical=-1"):
+    with pytest.raises(ValueError, match="select_by is 'loss'.*self_critical=0"):
         begin(recipe="best", select_by="loss")
 
 
 def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = dict(dropout=-1, epochs=40, batch_size=25)
+    settings = dict(dropout=0, epochs=40, batch_size=25)
     run, failures = begin(**settings), []
 
     def train():
@@ -616,7 +616,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
 
 def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = dict(dropout=-1, epochs=2, batch_size=25)
+    settings = dict(dropout=0, epochs=2, batch_size=25)
     alone = begin(**settings)
     st.launch("train", alone, processes=1)
     expected = last(alone)["model"]
@@ -624,7 +624,8 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = begin(machines=2, rendezvous=f"127.0.0.1:{port}", **settings)
+    options = f"--nnodes=2 --node-rank=0 --master-addr=127.0.0.1 --master-port={port}"
+    run = begin(torchrun=options, **settings)
     capsys.readouterr()
     thread = threading.Thread(target=st.launch, args=("train", run, 1))
     thread.start()
@@ -632,12 +633,12 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     other = tmp_path / "other machine"  # the project as it was copied there
     st.shutil.copytree(".", other)
     printed = wait_for(
-        lambda: re.search(r"machine 1: \$ python (.*)", capsys.readouterr().out),
+        lambda: re.search(r"\$ python (.*)", capsys.readouterr().out),
         "no command for it",
     )
-    command = printed[1].replace("storyteller_utils.py", st.__file__).split()
+    command = printed[1].replace("storyteller_utils.py", st.__file__).replace("rank=0", "rank=1")
     there = subprocess.run(
-        [sys.executable, *command], cwd=other, capture_output=True, text=True, timeout=120
+        [sys.executable, *command.split()], cwd=other, capture_output=True, text=True, timeout=120
     )
     thread.join(60)
     assert there.returncode == 0 and not thread.is_alive(), there.stderr
@@ -688,7 +689,7 @@ def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(mon
 
 @pytest.mark.fast
 def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
-    trainer = st.Trainer(begin(dropout=-1).job())
+    trainer = st.Trainer(begin(dropout=0).job())
     trainer.at["phase"] = 1
     features, words, advantages = trainer._samples(np.array([3, 0, 7]), 1.0)
     assert len(features) == len(words) == len(advantages) == 3 * st.SAMPLES
@@ -759,15 +760,14 @@ def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_
         (extracted / "features_flip.npy").unlink()
 
 
-def test_the_card_says_the_command_that_makes_the_captioner_again_and_the_terms_of_flickrs_data():
+def test_the_card_says_what_each_stage_was_set_to_and_the_terms_of_flickrs_data():
     run = begin(epochs=1, resume_from="")
     trained(run)
     config = st.read_json(run.out / "model/config.json")
-    assert config["command"] == (
-        "make run DATASET=FOLDER 01_extract_features='-p backbone efficientnet_lite0' "
-        "02_vocab='-p min_count 2' 03_train_dual_t4='-p epochs 1 -p batch_size 32 -p precision float32'"
-    )
+    assert list(config["settings"]) == list(st.STAGES)[:3]
+    assert config["settings"]["03_train_dual_t4"]["epochs"] == 1
     card = (run.out / "model/README.md").read_text()
-    assert config["command"] in card and "research and education only" not in card
+    assert "| 02_vocab | caption_column='', language='en', min_count=2, " in card
+    assert "dataset_dir" not in card and "research and education only" not in card
     config["dataset"]["name"] = "flickr8k"
     assert "research and education only" in st.model_card(config)

@@ -19,14 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # before torch, as `st.launch` sets it for its workers
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "notebooks"),
+    str(ROOT / "tests"),
+    str(Path(__file__).resolve().parent),
+]
 
 import baselines  # noqa: E402
 import numpy as np  # noqa: E402
@@ -42,6 +47,7 @@ from material import (  # noqa: E402
 )
 
 import storyteller_utils as st  # noqa: E402
+from support import parameters  # noqa: E402
 
 FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = (
     31_783,
@@ -536,7 +542,7 @@ def memory(m: Material, s: Sizes):
         "status = open('/proc/self/status')\n"
         "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))"
     )
-    peaks, settings = [], asdict(st.ExtractSettings(backbone="efficientnet_lite0"))
+    peaks, settings = [], parameters("01_extract_features", backbone="efficientnet_lite0")
     for count in s.memory:
         folder = m.folder / f"{count} photos"
         folder.mkdir()

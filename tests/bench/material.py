@@ -4,7 +4,6 @@ Drawn photos, networks of random weights, captions as long as Flickr30k's.
 """
 
 import functools
-from dataclasses import asdict
 from pathlib import Path
 
 import baselines
@@ -14,6 +13,7 @@ from torch import nn
 
 import sample
 import storyteller_utils as st
+from support import parameters
 
 VOCABULARY = 7_689
 DEVICE = st.default_device()
@@ -109,7 +109,7 @@ class Material:
                 ],
             )
             st.Vocab(st.SPECIAL + words()).save(folder / "vocab.json")
-        settings = asdict(st.TrainSettings(dropout=-1, label_smoothing=-1, precision=precision))
+        settings = parameters("03_train_dual_t4", dropout=0, label_smoothing=0, precision=precision)
         reads = dict.fromkeys(st.STAGES["03_train_dual_t4"], str(folder))
         return st.Trainer(
             {"settings": settings, "out": str(folder), "reads": reads, "editions": {}}
