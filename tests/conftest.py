@@ -14,7 +14,7 @@ os.environ.setdefault(
 )  # before torch: spinning threads starve each other on two cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # on a CPU, wherever they run
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "space")]
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

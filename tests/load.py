@@ -1,8 +1,8 @@
-"""Thirty-two visitors at once, for a minute: what `make load` does to the page; test_space.py does it for some seconds.
+"""Thirty-two visitors at once, for a minute: `make load`; test_space.py does it for seconds.
 
-Ends with a table of waiting times, and with exit 1 if there was an error other than the queue's own "full", a caption that
-a single visitor would not get, or memory that grew by more than a tenth between the first and the last ten seconds; a first
-crowd, of twenty seconds, is not counted.
+Ends with a table of waiting times, and with exit 1 if there was an error other than the queue's own
+"full", a caption that a single visitor would not get, or memory that grew by more than a tenth
+between the first and the last ten seconds; a first crowd, of twenty seconds, is not counted.
 """
 
 import collections
@@ -26,8 +26,9 @@ def storm(
 ) -> dict:
     """Let visitors ask for captions of these photos for so long, each as soon as it was answered.
 
-    Returns "waits" (seconds, of those answered), "busy" (how often the queue was full), "errors" (others), "captions"
-    {photo name: those told}, "memory" (of process `pid`, in MiB, ten times a second).
+    Returns "waits" (seconds, of those answered), "busy" (how often the queue was full), "errors"
+    (others), "captions" {photo name: those given}, "memory" (of process `pid`, in MiB, ten times a
+    second).
     """
     from gradio_client import Client, handle_file
 
@@ -75,7 +76,7 @@ def storm(
 
 @contextlib.contextmanager
 def page(folder: Path):
-    """Serve space/ in a process of its own. Yields its address, the process and the folder of its uploads."""
+    """Serve space/ in a process of its own. Yields its address and the process."""
     from gradio_client import Client
 
     with socket.socket() as probe:
@@ -125,8 +126,9 @@ def main() -> None:
     first, last = statistics.mean(found["memory"][:100]), statistics.mean(found["memory"][-100:])
     waits = sorted(found["waits"])
     print(
-        f'{len(waits)} captions for {VISITORS} visitors in {SECONDS} s; {found["busy"]} times "the queue is full"; '
-        f"{len(found['errors'])} other errors; {len(sizes)} files of {sum(sizes) / 2**20:.1f} MiB on disk"
+        f"{len(waits)} captions for {VISITORS} visitors in {SECONDS} s; "
+        f'{found["busy"]} times "the queue is full"; {len(found["errors"])} other errors; '
+        f"{len(sizes)} files of {sum(sizes) / 2**20:.1f} MiB on disk"
     )
     print(f"memory: {first:.0f} MiB in the first ten seconds, {last:.0f} in the last")
     print("| seconds until the caption | median | 90 % | 99 % | longest |\n|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""A Hub on this machine that keeps what it receives, and fails on demand: what the real client is tested against."""
+"""A Hub on this machine, for the real client: it keeps what it receives, and fails on demand."""
 
 import base64
 import hashlib
@@ -16,10 +16,11 @@ def private(repo):
 
 
 class LocalHub:
-    """repos[(kind, "owner/name")] is what create was sent, plus "files": {path: bytes}; kind is model or space.
+    """repos[(kind, "owner/name")] is what create was sent, plus "files": {path: bytes}.
 
-    failures[place] is a list of what happens to the next calls of a place (create, upload, commit, info, runtime):
-    (status, message) answers that, "drop" closes the connection in the middle, None serves.
+    failures[place] is a list of what happens to the next calls of a place (create, upload, commit,
+    info, runtime): (status, message) answers that, "drop" closes the connection in the middle, None
+    serves.
     """
 
     def __init__(self):

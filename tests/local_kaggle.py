@@ -1,6 +1,7 @@
-"""A stand-in for Kaggle's API on this machine: it remembers what is pushed and answers as Kaggle does.
+"""A stand-in for Kaggle's API on this machine: it keeps what is pushed and answers as Kaggle does.
 
-The real client finds it as its HTTP proxy, on any free port; the address of Kaggle itself is never looked up.
+The real client finds it as its HTTP proxy, on any free port; the address of Kaggle itself is never
+looked up.
 """
 
 import json
@@ -25,7 +26,7 @@ class LocalKaggle(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def environment(self, home) -> dict[str, str]:
-        """Return what makes the client talk to this server, and find no credentials besides these."""
+        """Return what makes the client talk to this server, with no credentials besides these."""
         return {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
             "KAGGLE_USERNAME": "me",

@@ -39,23 +39,24 @@ def browser():
 
 @pytest.fixture(scope="module")
 def attentive(app):
-    """The page shows where its captioner looked, whether or not the tiny one has attention."""
-    real = app.TELLER.caption
-    app.TELLER.caption = lambda photos, **options: [
-        dataclasses.replace(told, attention=look_around(told.words))
-        for told in real(photos, **options)
+    """The page shows attention weights, which the tiny captioner does not have."""
+    real = app.STORYTELLER.caption
+    app.STORYTELLER.caption = lambda photos, **options: [
+        dataclasses.replace(caption, attention=look_around(caption.words))
+        for caption in real(photos, **options)
     ]
     yield app
-    app.TELLER.caption = real
+    app.STORYTELLER.caption = real
 
 
 @pytest.fixture
 def open_page(browser, address, attentive):
-    """Open the page at a width; at the end of the test nothing may have gone wrong in its console."""
+    """Open the page at a width; at the end nothing may have gone wrong in its console."""
     opened, errors = [], []
 
     def note(message):
-        # Pages of gradio ask the internet for a script for frames, and its 5.49 for the progress of "undefined".
+        # Pages of gradio ask the internet for a script for frames, and its 5.49 for the progress of
+        # "undefined".
         if message.type == "error" and not re.search(
             r"cdnjs|upload_progress|ERR_NAME_NOT_RESOLVED|^Response ",
             f"{message.text} {message.location}",
@@ -67,7 +68,7 @@ def open_page(browser, address, attentive):
         page.on("console", note)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address, wait_until="domcontentloaded")
-        page.get_by_role("button", name="Tell the story").wait_for(timeout=30_000)
+        page.get_by_role("button", name="Caption this photo").wait_for(timeout=30_000)
         opened.append(page)
         return page
 
@@ -83,8 +84,8 @@ def give(page, *paths):
     page.locator(files).first.set_input_files([str(path) for path in paths])
 
 
-def told(page):
-    return page.locator("#story p:not(:has(em))")
+def caption_of(page):
+    return page.locator("#caption p:not(:has(em))")
 
 
 def see(page, text):
@@ -96,51 +97,56 @@ def test_a_photo_gets_the_caption_that_the_api_and_the_module_give(open_page, cl
 
     page = open_page()
     give(page, CAT)
-    expect(told(page)).to_have_text(app.TELLER.caption(CAT)[0].text, timeout=15_000)
-    assert told(page).inner_text() == client.predict(handle_file(str(CAT)), api_name="/caption")[0]
-    assert page.locator("#story").get_attribute("aria-live") == "polite"
-    see(page, r"Told in \d")
+    expect(caption_of(page)).to_have_text(app.STORYTELLER.caption(CAT)[0].text, timeout=15_000)
+    assert (
+        caption_of(page).inner_text()
+        == client.predict(handle_file(str(CAT)), api_name="/caption")[0]
+    )
+    assert page.locator("#caption").get_attribute("aria-live") == "polite"
+    see(page, r"Captioned in \d")
 
 
-def test_an_example_is_told_at_a_click_and_the_cross_clears_it(open_page, app):
+def test_an_example_is_captioned_at_a_click_and_the_cross_clears_it(open_page, app):
     page = open_page()
     page.locator("#examples button, #examples .gallery-item").first.click()
-    expect(told(page)).to_have_text(app.TELLER.caption(app.EXAMPLES[0])[0].text, timeout=15_000)
+    expect(caption_of(page)).to_have_text(
+        app.STORYTELLER.caption(app.EXAMPLES[0])[0].text, timeout=15_000
+    )
     page.get_by_label(re.compile("Clear|Remove")).first.click()
-    expect(page.locator("#story em")).to_be_visible(timeout=15_000)
+    expect(page.locator("#caption em")).to_be_visible(timeout=15_000)
 
 
-def test_another_search_tells_another_story(open_page, app):
+def test_another_decoding_gives_another_caption(open_page, app):
     page = open_page()
     give(page, CAT)
-    told(page).wait_for(timeout=15_000)
+    caption_of(page).wait_for(timeout=15_000)
     rows = page.locator(
         "#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]"
     )  # gradio 6, 5
     expect(rows).to_have_count(
-        len(app.TELLER.caption(CAT, beam_width=5)[0].alternatives), timeout=15_000
+        len(app.STORYTELLER.caption(CAT, beam_width=5)[0].alternatives), timeout=15_000
     )
-    page.get_by_text("How it searches").click()
+    page.get_by_text("Decoding").first.click()
     page.get_by_label("Greedy").first.check()
     expect(rows).to_have_count(1, timeout=15_000)
 
 
-def test_a_word_lights_up_where_the_model_looked(open_page):
+def test_a_word_shows_its_attention_on_the_photo(open_page):
     page = open_page()
     give(page, COFFEE)
-    page.locator(".gaze .strip").wait_for(timeout=15_000)
-    words = page.locator(".gaze label")
-    assert words.count() > 1, "the tiny captioner must tell more than one word for this test"
+    page.locator(".attention .strip").wait_for(timeout=15_000)
+    words = page.locator(".attention label")
+    assert words.count() > 1, "the tiny captioner must generate more than one word for this test"
     for i in range(2):
         words.nth(i).click()
         page.mouse.move(0, 0)
-        shown = [page.locator(".gaze .veil").nth(j) for j in range(words.count())]
+        shown = [page.locator(".attention .veil").nth(j) for j in range(words.count())]
         expect(shown[i]).to_have_css("opacity", "1")
         expect(shown[1 - i]).to_have_css("opacity", "0")
     page.keyboard.press("ArrowRight")  # radio buttons: the keyboard does it too
-    expect(page.locator(".gaze .veil").nth(2 % words.count())).to_have_css("opacity", "1")
+    expect(page.locator(".attention .veil").nth(2 % words.count())).to_have_css("opacity", "1")
     with page.expect_download() as download:
-        page.locator(".gaze .strip").click()
+        page.locator(".attention .strip").click()
     assert Path(download.value.path()).read_bytes()[:2] == b"\xff\xd8"  # a JPEG
 
 
@@ -149,20 +155,20 @@ def test_several_photos_give_a_csv(open_page, app):
     page.get_by_role("tab", name="Several photos").click()
     give(page, CAT, COFFEE)
     see(page, "coffee")
-    page.get_by_role("button", name="Tell all the stories").click()
+    page.get_by_role("button", name="Caption all photos").click()
     with page.expect_download(timeout=20_000) as download:
         page.get_by_role("link", name=re.compile(r"\d B")).click(timeout=20_000)
     with open(download.value.path(), newline="", encoding="utf-8") as file:
         assert [row["caption"] for row in csv.DictReader(file)] == [
-            t.text for t in app.TELLER.caption([CAT, COFFEE])
+            t.text for t in app.STORYTELLER.caption([CAT, COFFEE])
         ]
 
 
-def test_what_cannot_be_told_is_said_and_the_page_lives_on(open_page, tmp_path):
+def test_what_cannot_be_captioned_is_said_and_the_page_lives_on(open_page, tmp_path):
     from test_space import write_bomb
 
     page = open_page()
-    page.get_by_role("button", name="Tell the story").click()
+    page.get_by_role("button", name="Caption this photo").click()
     see(page, "Please choose a photo first")
     (tmp_path / "notes.jpg").write_text("not a photo")
     write_bomb(tmp_path / "bomb.png")
@@ -175,9 +181,9 @@ def test_what_cannot_be_told_is_said_and_the_page_lives_on(open_page, tmp_path):
         give(page, tmp_path / name)
         see(page, says)
         page.reload(wait_until="domcontentloaded")
-        page.get_by_role("button", name="Tell the story").wait_for(timeout=30_000)
+        page.get_by_role("button", name="Caption this photo").wait_for(timeout=30_000)
     give(page, CAT)
-    told(page).wait_for(timeout=15_000)
+    caption_of(page).wait_for(timeout=15_000)
     # A refused upload and what a reload cut short do show in the console, as what they are.
     known = "413|Failed to load resource|AbortError|Connection errored"
     open_page.errors[:] = [error for error in open_page.errors if not re.search(known, error)]
@@ -190,7 +196,7 @@ def test_what_cannot_be_told_is_said_and_the_page_lives_on(open_page, tmp_path):
 def test_it_fits_the_screen(open_page, name, width, scheme):
     page = open_page(width, scheme=scheme)
     give(page, CAT)
-    page.locator(".gaze .strip").wait_for(timeout=15_000)
+    page.locator(".attention .strip").wait_for(timeout=15_000)
     for tab in ("One photo", "Several photos", "About"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(300)

@@ -1,4 +1,4 @@
-"""The Kaggle kernels: their metadata, the push by the real client, and the copies as Kaggle would run them."""
+"""The Kaggle kernels: metadata, the push by the real client, and the copies as Kaggle runs them."""
 
 import ast
 import base64
@@ -43,6 +43,8 @@ LAYOUTS = {
     "03_train_dual_t4": "notebooks/{}",
     "04_evaluate": "d/{}",
 }
+# What a copy brings along, and Kaggle runs.
+SOURCES = ["storyteller_utils.py", "space/app.py", "space/attention.py", "space/publish.py"]
 spec = importlib.util.spec_from_file_location("push", ROOT / "kaggle" / "push.py")
 push = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(push)
@@ -50,7 +52,7 @@ spec.loader.exec_module(push)
 
 @pytest.fixture
 def kaggle(monkeypatch, tmp_path):
-    """The stand-in, found by the real client; no pause takes time, and all pauses are kept in `kaggle.paused`."""
+    """The stand-in, for the real client; pauses take no time and are in `kaggle.paused`."""
     pytest.importorskip("kagglesdk", reason="the kaggle client is not installed")
     server = LocalKaggle()
     for name, value in server.environment(tmp_path).items():
@@ -286,7 +288,8 @@ def test_the_space_travels_whole_but_for_the_model_and_no_larger_than_agreed(
     assert sum(len(base64.b64decode(data)) for data in photos.values()) <= 200_000
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    wanted = {f"space/{name}" for name in ("app.py", "style.css", "README.md", "requirements.txt")}
+    own = ["app.py", "attention.py", "publish.py", "offline.py", "style.css"]
+    wanted = {f"space/{name}" for name in (*own, "README.md", "requirements.txt")}
     wanted |= {f"space/examples/{path.name}" for path in (ROOT / "space/examples").iterdir()}
     assert wanted == {path.as_posix() for path in Path("space").rglob("*") if path.is_file()}
     assert all(Path(name).read_bytes() == (ROOT / name).read_bytes() for name in wanted)
@@ -301,7 +304,7 @@ def test_the_space_travels_whole_but_for_the_model_and_no_larger_than_agreed(
 
 @pytest.fixture
 def image(tmp_path):
-    """The python of an image without internet, in which a package can be installed; it has all that this one has."""
+    """The python of an image without internet, with all that this one has."""
     venv.create(tmp_path / "image", with_pip=False)
     (site,) = (tmp_path / "image").glob("lib/python*/site-packages")
     (site / "image.pth").write_text(sysconfig.get_path("purelib"))
@@ -343,10 +346,7 @@ def test_a_package_that_the_image_lacks_comes_from_an_attached_wheel_or_is_named
 
 def test_the_copies_look_for_all_that_the_module_and_the_space_import():
     listed = {name for names in push.IMPORTS.values() for name in names} | set(push.LITE)
-    trees = [
-        ast.parse((ROOT / name).read_text(encoding="utf-8"))
-        for name in ("storyteller_utils.py", "space/app.py")
-    ]
+    trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in SOURCES]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     imported = {
         alias.name.split(".")[0]
@@ -362,6 +362,7 @@ def test_the_copies_look_for_all_that_the_module_and_the_space_import():
         "kaggle_secrets",
         "spaces",
         "storyteller_utils",
+        "attention",
         *sys.stdlib_module_names,
     }
     assert (
@@ -385,7 +386,7 @@ def mount(stage: str, inputs: Path, base: Path) -> None:
 
 
 def run_copy(stage: str, copies: Path, base: Path, earlier: list) -> None:
-    """Run a stage's copy in an empty folder, with nothing but what Kaggle would mount, once what it reads is there."""
+    """Run a stage's copy in an empty folder with what Kaggle would mount, once that is there."""
     for future in earlier:
         future.result()
     working, inputs, copy = (

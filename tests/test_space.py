@@ -1,4 +1,4 @@
-"""Section 12 and space/: the page and its API, the folder that is built, and what reaches the Hub."""
+"""The Gradio page and its API, the folder that is built, and what reaches the Hub."""
 
 import base64
 import csv
@@ -26,10 +26,11 @@ from load import page, storm
 from local_hub import LocalHub, private
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import attention
+import publish
 import storyteller_utils as st
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_thisTokenMustShowUpNowhere"
 CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jpg"))
 
@@ -40,23 +41,23 @@ def photo(path):
     return handle_file(str(path))
 
 
-# The page ------------------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
-def test_the_page_tells_what_the_captioner_tells(client, app):
-    told = app.TELLER.caption(CAT)[0]
+def test_the_page_shows_what_the_captioner_generates(client, app):
+    told = app.STORYTELLER.caption(CAT)[0]
     caption, best, took = client.predict(photo(CAT), api_name="/caption")
     assert caption == told.text
     assert [text for text, _ in best["data"]] == [text for text, _ in told.alternatives]
     assert best["data"][0][1] == pytest.approx(told.score, abs=1e-3)
-    assert re.fullmatch(r"Told in \d+\.\d\d s", took)
+    assert re.fullmatch(r"Captioned in \d+\.\d\d s", took)
 
 
 def test_every_control_reaches_the_search(client, app, monkeypatch):
     seen = {}
-    real = app.TELLER.caption
+    real = app.STORYTELLER.caption
     monkeypatch.setattr(
-        app.TELLER,
+        app.STORYTELLER,
         "caption",
         lambda images, **options: seen.update(options) or real(images, **options),
     )
@@ -83,7 +84,7 @@ def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client,
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(CAT.read_bytes()[:200])
     table, file = client.predict([photo(CAT), photo(broken), photo(COFFEE)], api_name="/batch")
-    told = {path: app.TELLER.caption(path)[0].text for path in (CAT, COFFEE)}
+    told = {path: app.STORYTELLER.caption(path)[0].text for path in (CAT, COFFEE)}
     with open(file, newline="", encoding="utf-8") as opened:
         header, *rows = csv.reader(opened)
     assert header == table["headers"] == ["photo", "caption", "score", "problem"]
@@ -125,12 +126,12 @@ def test_a_file_that_is_no_usable_photo_is_refused_in_words_without_paths(
 
 def test_no_photo_too_many_photos_and_too_large_a_file_are_refused(client, app, tmp_path):
     for nothing, endpoint in ((None, "/caption"), ([], "/batch")):
-        with pytest.raises(Exception, match="[Pp]lease choose"):
+        with pytest.raises(Exception, match=r"[Pp]lease choose"):
             client.predict(nothing, api_name=endpoint)
     with pytest.raises(Exception, match="1 to 50 photos; these are 51"):
         client.predict([photo(CAT)] * 51, api_name="/batch")
     (tmp_path / "big.jpg").write_bytes(bytes(16_000_000))
-    with pytest.raises(Exception, match="413|exceed"):
+    with pytest.raises(Exception, match=r"413|exceed"):
         client.predict(photo(tmp_path / "big.jpg"), api_name="/caption")
 
 
@@ -138,15 +139,15 @@ def test_an_unforeseen_error_shows_no_detail(app, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("/home/user/secret")
 
-    monkeypatch.setattr(app.TELLER, "caption", fail)
-    assert app.TELLER.caption_each([str(CAT)]) == ["cat.jpg could not be captioned."]
+    monkeypatch.setattr(app.STORYTELLER, "caption", fail)
+    assert app.STORYTELLER.caption_each([str(CAT)]) == ["cat.jpg could not be captioned."]
     assert "/home/user/secret" in capsys.readouterr().err
 
     def refuse(photos):
         raise ValueError(f"{photos[0]} is odd")
 
-    monkeypatch.setattr(app.TELLER, "caption", refuse)
-    assert app.TELLER.caption_each([str(CAT)]) == ["cat.jpg is odd"]
+    monkeypatch.setattr(app.STORYTELLER, "caption", refuse)
+    assert app.STORYTELLER.caption_each([str(CAT)]) == ["cat.jpg is odd"]
 
 
 def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, address, tmp_path):
@@ -202,11 +203,11 @@ def test_only_two_endpoints_are_public(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/caption", "/batch"}
 
 
-def test_words_light_up_where_the_model_looked(app):
+def test_a_word_shows_its_attention_on_the_photo(app):
     told = dataclasses.replace(
-        app.TELLER.caption(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
+        app.STORYTELLER.caption(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
     )
-    page = st.attention_page(CAT, told, app.SQUASH)
+    page = attention.attention_page(CAT, told, app.PREPROCESSING)
     assert page.count("<input") == page.count("class='veil'") == 3 and page.count(" checked>") == 1
     assert (
         "&lt;b&gt;" in page and "<b>" not in page and "http" not in page and len(page) < 1_000_000
@@ -216,15 +217,15 @@ def test_words_light_up_where_the_model_looked(app):
     )[1]
     assert Image.open(io.BytesIO(base64.b64decode(strip))).width > 300
     no_look = dataclasses.replace(told, attention=None)
-    assert "no heat map" in st.attention_page(CAT, no_look)
+    assert "no attention" in attention.attention_page(CAT, no_look)
     with pytest.raises(ValueError, match="no attention"):
-        st.show_attention(CAT, no_look)
+        attention.show_attention(CAT, no_look)
 
 
-def test_a_veil_is_clear_where_the_model_looked_and_dark_elsewhere():
+def test_a_veil_is_clear_where_attention_is_high_and_dark_elsewhere():
     weights = np.full((7, 7), 0.01)
     weights[0, 6] = 0.52  # upper right
-    alpha = np.asarray(st.attention_veil(weights, (70, 35)))[..., 3]
+    alpha = np.asarray(attention.attention_veil(weights, (70, 35)))[..., 3]
     assert alpha.shape == (35, 70) and alpha[2, 66] < 20 and alpha[30, 5] > 150
 
 
@@ -238,17 +239,17 @@ def test_on_zerogpu_the_batch_gets_the_gpu_and_elsewhere_nothing_changes(
 
     monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=lend))
     on_zerogpu = load_app()
-    one = list(on_zerogpu.attempt_many([str(CAT)], {}))
-    assert lent == ["attempt_many"] and app.GPU(max) is max
-    assert one[0][0].text == next(app.attempt_many([str(CAT)], {}))[0].text
+    one = list(on_zerogpu.caption_many([str(CAT)], {}))
+    assert lent == ["caption_many"] and app.GPU(max) is max
+    assert one[0][0].text == next(app.caption_many([str(CAT)], {}))[0].text
 
 
-# The folder ----------------------------------------------------------------------------------------------------------
+# The folder ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def space(tiny_model, tmp_path_factory):
-    return st.build_space(ROOT / "space", tiny_model, tmp_path_factory.mktemp("deploy") / "space")
+    return publish.build_space(tiny_model, tmp_path_factory.mktemp("deploy") / "space")
 
 
 def listing(folder):
@@ -258,7 +259,7 @@ def listing(folder):
 def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path):
     source = tmp_path / "space"
     for path in listing(ROOT / "space"):
-        if not path.startswith("model/") and "__pycache__" not in path:
+        if not path.startswith(("model/", "browser/")) and "__pycache__" not in path:
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes((ROOT / "space" / path).read_bytes())
     for stray in (
@@ -273,23 +274,30 @@ def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path)
     ):
         (source / stray).parent.mkdir(parents=True, exist_ok=True)
         (source / stray).write_text(TOKEN)
-    built = st.build_space(source, tiny_model, tmp_path / "out")
+    built = publish.build_space(tiny_model, tmp_path / "out", space_dir=source)
     examples = [p for p in listing(ROOT / "space") if p.startswith("examples/")]
     model = [
         f"model/{name}" for name in ("README.md", "config.json", "model.safetensors", "vocab.json")
     ]
-    own = ["README.md", "app.py", "requirements.txt", "storyteller_utils.py", "style.css"]
+    own = [
+        "README.md",
+        "app.py",
+        "attention.py",
+        "requirements.txt",
+        "storyteller_utils.py",
+        "style.css",
+    ]
     assert listing(built) == sorted([*own, *examples, *model])
-    with zipfile.ZipFile(built.with_name("space.zip")) as archive:
-        assert sorted(archive.namelist()) == [f"space/{name}" for name in listing(built)]
+    with zipfile.ZipFile(built.with_name("out.zip")) as archive:
+        assert sorted(archive.namelist()) == [f"out/{name}" for name in listing(built)]
         assert all(TOKEN.encode() not in archive.read(name) for name in archive.namelist())
 
 
 def test_building_again_gives_the_same_bytes_and_no_leftovers(tiny_model, tmp_path):
-    first = st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
+    first = publish.build_space(tiny_model, tmp_path / "space")
     packed = (tmp_path / "space.zip").read_bytes()
     (first / "examples/stale.txt").write_text("from before")
-    st.build_space(ROOT / "space", tiny_model, tmp_path / "space")
+    publish.build_space(tiny_model, tmp_path / "space")
     with zipfile.ZipFile(tmp_path / "space.zip") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert (tmp_path / "space.zip").read_bytes() == packed and "examples/stale.txt" not in listing(
@@ -304,8 +312,8 @@ def test_building_again_gives_the_same_bytes_and_no_leftovers(tiny_model, tmp_pa
 def test_a_folder_that_is_no_space_is_left_alone(tiny_model, tmp_path, before):
     for name in ["thesis.txt", *before]:
         (tmp_path / name).write_text("years of work")
-    with pytest.raises(st.ArtifactError, match="thesis.txt.* left as it is"):
-        st.build_space(ROOT / "space", tiny_model, tmp_path)
+    with pytest.raises(st.ArtifactError, match=r"thesis.txt.* left as it is"):
+        publish.build_space(tiny_model, tmp_path)
     assert listing(tmp_path) == sorted(["thesis.txt", *before])
 
 
@@ -314,23 +322,23 @@ def test_a_missing_or_unfit_model_is_refused_before_anything_is_written(tiny_mod
     model.mkdir()
     for name in ("config.json", "vocab.json", "README.md"):
         (model / name).write_bytes((tiny_model / name).read_bytes())
-    with pytest.raises(st.ArtifactError, match="model.safetensors"):
-        st.build_space(ROOT / "space", model, tmp_path / "out")
+    with pytest.raises(st.ArtifactError, match=r"model.safetensors"):
+        publish.build_space(model, tmp_path / "out")
     (model / "model.safetensors").write_bytes(b"")
     st.write_json(
         model / "config.json", {**st.read_json(tiny_model / "config.json"), "backbone": "resnet50"}
     )
     with pytest.raises(
-        st.ArtifactError, match="backbone.safetensors"
+        st.ArtifactError, match=r"backbone.safetensors"
     ):  # resnet50's weights come from no package
-        st.build_space(ROOT / "space", model, tmp_path / "out")
+        publish.build_space(model, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "space.zip").exists()
 
 
 def test_the_test_scores_go_into_the_copy_that_ships(tiny_model, tmp_path):
     before = (tiny_model / "README.md").read_bytes()
     scores = {"CIDEr-D": {"value": 0.5712, "low": 0.55, "high": 0.59}}
-    built = st.build_space(ROOT / "space", tiny_model, tmp_path / "space", scores=scores)
+    built = publish.build_space(tiny_model, tmp_path / "space", scores=scores)
     assert "| CIDEr-D | 0.571 |" in (built / "model/README.md").read_text(encoding="utf-8")
     assert st.read_json(built / "model/config.json")["scores"] == scores
     assert (tiny_model / "README.md").read_bytes() == before
@@ -346,7 +354,7 @@ def test_a_space_asks_for_the_package_of_its_backbone(tiny_model, tmp_path, back
         model / "config.json", {**st.read_json(model / "config.json"), "backbone": backbone}
     )
     (model / "backbone.safetensors").write_bytes(b"some weights")
-    built = st.build_space(ROOT / "space", model, tmp_path / "space")
+    built = publish.build_space(model, tmp_path / "space")
     own, asked = (
         (folder / "requirements.txt").read_text().split("\n") for folder in (ROOT / "space", built)
     )
@@ -357,7 +365,7 @@ def test_the_front_matter_is_what_the_hub_reads():
     yaml = pytest.importorskip("yaml")
     head = yaml.safe_load((ROOT / "space/README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert head["sdk"] == "gradio" and (ROOT / "space" / head["app_file"]).is_file()
-    colours = "red yellow green blue indigo purple pink gray".split()
+    colours = ["red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"]
     assert head["colorFrom"] in colours and head["colorTo"] in colours
     # Unquoted, a version is a number to YAML: 3.10 would be 3.1.
     assert all(
@@ -379,8 +387,8 @@ def test_requirements_name_no_gradio_and_every_example_has_a_licence():
 
 def test_no_app_outlives_who_checks_it(space):
     psutil = pytest.importorskip("psutil")
-    code = "import sys, storyteller_utils as st; st.check_space(sys.argv[1])"
-    checks = psutil.Popen([sys.executable, "-c", code, str(space)], cwd=ROOT)
+    code = "import sys, publish; publish.check_space(sys.argv[1])"
+    checks = psutil.Popen([sys.executable, "-c", code, str(space)], cwd=ROOT / "space")
     while not (apps := checks.children()):
         assert checks.poll() is None
     checks.kill()
@@ -389,7 +397,7 @@ def test_no_app_outlives_who_checks_it(space):
 
 def test_a_space_starts_without_network_and_captions_its_examples(space, tiny_model):
     before = listing(space)
-    captions = st.check_space(space)
+    captions = publish.check_space(space)
     teller = st.Storyteller.from_pretrained(tiny_model)
     examples = sorted(p for p in (space / "examples").iterdir() if p.suffix == ".jpg")[:2]
     assert captions == [told.text for told in teller.caption(examples)]
@@ -404,15 +412,15 @@ def test_a_space_that_does_not_start_fails_with_its_own_log(space, tmp_path):
     app = broken / "app.py"
     app.write_text("import urllib.request\nurllib.request.urlopen('http://192.0.2.1/weights')\n")
     with pytest.raises(st.ArtifactError, match="must start without the network"):
-        st.check_space(broken)
+        publish.check_space(broken)
     app.write_text("import os, time\nprint('my pid is', os.getpid(), flush=True)\ntime.sleep(60)\n")
     with pytest.raises(st.ArtifactError, match=r"too long to start[\s\S]*my pid is \d+$") as failed:
-        st.check_space(broken, timeout=1.5)
+        publish.check_space(broken, timeout=1.5)
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(failed.value).split()[-1]), 0)
 
 
-# The Hub -------------------------------------------------------------------------------------------------------------
+# The Hub ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -426,7 +434,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(st.time, "sleep", lambda _: None)
+    monkeypatch.setattr(publish.time, "sleep", lambda _: None)
     yield hub
     hub.close()
 
@@ -444,7 +452,7 @@ def on_disk(folder):
 def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
     (space / ".env").write_text(TOKEN)
     (space / "model/last.pt").write_text("not for the Hub")
-    pushed = st.push_space(space, "me/teller", token=TOKEN)
+    pushed = publish.push_space(space, "me/teller", token=TOKEN)
     (space / ".env").unlink()
     (space / "model/last.pt").unlink()
     repo = hub.repos["space", "me/teller"]
@@ -462,19 +470,19 @@ def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
 
 
 def test_what_is_no_composed_space_is_not_pushed(hub):
-    with pytest.raises(st.ArtifactError, match="space/storyteller_utils.py.*build_space"):
-        st.push_space(ROOT / "space", "me/teller", token=TOKEN)
+    with pytest.raises(st.ArtifactError, match=r"space/storyteller_utils.py.*build_space"):
+        publish.push_space(ROOT / "space", "me/teller", token=TOKEN)
     assert not hub.repos
 
 
 def test_a_space_may_be_pushed_from_within(hub, space, monkeypatch):
     monkeypatch.chdir(space)
-    st.push_space(".", "me/teller", token=TOKEN)
+    publish.push_space(".", "me/teller", token=TOKEN)
     assert digests(hub.repos["space", "me/teller"]["files"]) == on_disk(space)
 
 
 def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
-    st.push_space(space, "me/teller", token=TOKEN, private=False)
+    publish.push_space(space, "me/teller", token=TOKEN, private=False)
     repo = hub.repos["space", "me/teller"]
     repo["files"] |= {
         "model/backbone.safetensors": b"of the captioner before",
@@ -482,7 +490,7 @@ def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
     }
     hub.failures = {"create": [(402, "pay")]}  # updating stays free
     capsys.readouterr()
-    st.push_space(space, "me/teller", token=TOKEN)
+    publish.push_space(space, "me/teller", token=TOKEN)
     assert "(hardware as before, still public)" in capsys.readouterr().out
     assert not private(repo) and repo["files"].pop("notes.md")
     assert digests(repo["files"]) == on_disk(space)
@@ -491,14 +499,14 @@ def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
 def test_a_free_account_gets_zerogpu_else_a_zip(hub, space, capsys):
     paid = (402, "hosting Gradio and Docker Spaces on free cpu-basic requires a PRO subscription")
     hub.failures = {"create": [paid]}
-    assert st.push_space(space, "me/free", token=TOKEN)["hardware"] == "zero-a10g"
+    assert publish.push_space(space, "me/free", token=TOKEN)["hardware"] == "zero-a10g"
     assert (
         hub.repos["space", "me/free"]["hardware"] == "zero-a10g"
         and "Trying ZeroGPU" in capsys.readouterr().out
     )
     space.with_name("pushed.json").unlink()
     hub.failures = {"create": [paid], "create zero-a10g": [paid]}
-    pushed = st.push_space(space, "me/none", token=TOKEN)
+    pushed = publish.push_space(space, "me/none", token=TOKEN)
     assert pushed == {
         "address": None,
         "zip": str(space.with_name("space.zip")),
@@ -514,7 +522,7 @@ def test_a_free_account_gets_zerogpu_else_a_zip(hub, space, capsys):
         (
             "create",
             (403, "You don't have the rights to create a space under the namespace"),
-            "below your own account",
+            "a name of your own",
         ),
         ("commit", (403, "Private repository storage limit reached"), "storage there is full"),
         ("commit", (429, "Too many requests"), "try again in an hour"),
@@ -527,7 +535,7 @@ def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(
     space.with_name("pushed.json").unlink(missing_ok=True)
     hub.failures = {place: [failure] * 9}
     with pytest.raises(st.ArtifactError, match=advice) as refused:
-        st.push_space(space, "me/teller", token=TOKEN)
+        publish.push_space(space, "me/teller", token=TOKEN)
     assert str(failure[0]) in str(refused.value)
     assert (
         refused.value.__cause__ is None and refused.value.__suppress_context__
@@ -543,7 +551,7 @@ def test_another_space_of_that_name_is_not_overwritten(hub, space):
         "files": {"app.py": b"somebody's work", ".gitattributes": b""}
     }
     with pytest.raises(st.ArtifactError, match="is taken"):
-        st.push_space(space, "me/other", token=TOKEN)
+        publish.push_space(space, "me/other", token=TOKEN)
     assert set(hub.repos["space", "me/other"]["files"]) == {"app.py", ".gitattributes"}
 
 
@@ -554,21 +562,76 @@ def test_a_dropped_connection_is_tried_again_and_publishes_nothing_by_halves(hub
         "upload": ["drop"],
         "commit": ["drop", (503, "busy")],
     }
-    st.push_space(space, "me/shaky", token=TOKEN)
+    publish.push_space(space, "me/shaky", token=TOKEN)
     assert digests(hub.repos["space", "me/shaky"]["files"]) == on_disk(space)
     assert "Trying again" in capsys.readouterr().out
     hub.failures = {"commit": ["drop"] * 99}
     with pytest.raises(st.ArtifactError, match="4 times in a row the connection broke"):
-        st.push_space(space, "me/gone", token=TOKEN)
+        publish.push_space(space, "me/gone", token=TOKEN)
     assert hub.repos["space", "me/gone"]["files"] == {}
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2", "requests", "socket"])
+def test_a_dropped_connection_is_known_by_whichever_library_raises_it(
+    hub, space, monkeypatch, library
+):
+    from huggingface_hub import HfApi
+
+    dropped = type("ConnectError", (Exception,), {"__module__": f"{library}.errors"})
+    if library == "socket":
+        dropped = ConnectionResetError
+    real, failures = HfApi.create_repo, [dropped("reset by peer")]
+
+    def create_repo(*given, **more):
+        if failures:
+            raise failures.pop()
+        return real(*given, **more)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    assert publish.push_space(space, "me/shaky", token=TOKEN)["commit"]
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: {}["a bug of ours"])
+    with pytest.raises(KeyError):
+        publish.push_space(space, "me/other", token=TOKEN)
+
+
+@pytest.mark.parametrize("as_enum", [True, False])
+def test_waiting_knows_the_stage_as_a_string_and_as_an_enum(hub, space, monkeypatch, as_enum):
+    from enum import Enum
+
+    from huggingface_hub import HfApi
+
+    kind = Enum("Stage", {"RUNNING": "RUNNING", "BUILDING": "BUILDING"}, type=str)
+    stages = [kind.BUILDING, kind.RUNNING] if as_enum else ["BUILDING", "RUNNING"]
+
+    def runtime(*_):
+        return types.SimpleNamespace(stage=stages.pop(0))
+
+    monkeypatch.setattr(HfApi, "get_space_runtime", runtime)
+    assert publish.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
+    assert not stages
+
+
+def test_one_command_builds_checks_and_pushes_the_space_and_the_model(
+    hub, tiny_model, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(publish, "BUILDS", tmp_path)
+    monkeypatch.setattr(publish, "check_space", lambda folder: [f"checked {folder.name}"])
+    monkeypatch.setattr(publish, "find_token", lambda: TOKEN)
+    command = ["me/storyteller", "--model", str(tiny_model), "--model-repo", "me/captioner"]
+    publish.main([*command, "--private"])
+    assert set(hub.repos) == {("space", "me/storyteller"), ("model", "me/captioner")}
+    assert all(private(repo) for repo in hub.repos.values())
+    assert "checked space" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"publish.py: .*missing"):
+        publish.main(["me/storyteller", "--model", str(tmp_path / "nowhere")])
 
 
 def test_waiting_ends_when_the_space_runs_or_fails(hub, space):
     hub.stages = ["BUILDING", "APP_STARTING", "RUNNING"]
-    assert st.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
+    assert publish.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
     hub.stages = ["BUILDING", "BUILD_ERROR"]
-    with pytest.raises(st.ArtifactError, match="BUILD_ERROR.*logs"):
-        st.push_space(space, "me/teller", token=TOKEN, wait=True)
+    with pytest.raises(st.ArtifactError, match=r"BUILD_ERROR.*logs"):
+        publish.push_space(space, "me/teller", token=TOKEN, wait=True)
 
 
 def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
@@ -583,7 +646,7 @@ def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):
     }
     st.write_json(model / "config.json", config)
     (model / ".env").write_text(TOKEN)
-    st.push_model(model, "me/captioner", token=TOKEN)
+    publish.push_model(model, "me/captioner", token=TOKEN)
     repo = hub.repos["model", "me/captioner"]
     same = ("config.json", "model.safetensors", "vocab.json")
     assert private(repo) and sorted(repo["files"]) == ["README.md", *same]
@@ -617,34 +680,35 @@ def test_a_token_comes_from_kaggle_then_from_the_login_then_from_a_person(monkey
         sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=Secrets)
     )
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "from login")
-    assert st.find_token() == "from kaggle"
+    assert publish.find_token() == "from kaggle"
 
     def not_attached(*_):
         raise ConnectionError("no internet")
 
     monkeypatch.setattr(Secrets, "get_secret", not_attached)
-    assert st.find_token() == "from login"
+    assert publish.find_token() == "from login"
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(getpass, "getpass", lambda prompt: " from a person ")
-    assert st.find_token() == "from a person"
+    assert publish.find_token() == "from a person"
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(st.ArtifactError, match="settings/tokens"):
-        st.find_token()
+        publish.find_token()
 
 
 def test_an_unwatched_notebook_gets_one_message_and_keeps_no_token(hub, space, tmp_path):
-    """Executed as papermill does: nobody can be asked; and a token that there is appears nowhere in what is stored."""
+    """Run as papermill does: nobody can be asked, and no token appears in what is stored."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     cells = [
         nbformat.v4.new_code_cell(source)
         for source in (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport storyteller_utils as st",
-            "try:\n    st.find_token()\nexcept st.ArtifactError as error:\n    print(error)",
+            f"import sys; sys.path.insert(0, {str(ROOT / 'space')!r})\nimport publish",
+            "import storyteller_utils as st",
+            "try:\n    publish.find_token()\nexcept st.ArtifactError as error:\n    print(error)",
             f"import os; os.environ['HF_TOKEN'] = open({str(tmp_path / 'token')!r}).read()",
-            f"print(st.push_space({str(space)!r}, 'me/notebook'))",
-            f"st.push_space({str(space)!r}, 'me/refused')",
+            f"print(publish.push_space({str(space)!r}, 'me/notebook'))",
+            f"publish.push_space({str(space)!r}, 'me/refused')",
         )
     ]
     (tmp_path / "token").write_text(TOKEN)
