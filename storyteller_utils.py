@@ -514,8 +514,6 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Chosen on Flickr8k's validation photos: notebooks/README.md has what each gives.
-LENGTH_PREFERENCE, NO_REPEAT = 0.9, 2
 PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
 BIG = 10**9
 
@@ -2727,12 +2725,9 @@ class Trainer:
         with torch.autocast(
             self.device.type, self.precision, enabled=self.precision != torch.float32
         ):
-            drawn = [
-                found[0].ids
-                for found in sample_captions(
-                    self.captioner, features, seed=int(torch.randint(2**31, ()))
-                )
-            ]
+            seed = int(torch.randint(2**31, ()))
+            decoding = Decoding(method="sample", min_length=0, seed=seed)
+            drawn = [found[0].ids for found in sample_captions(self.captioner, features, decoding)]
         self.captioner.train()
         said = [self.data.vocab.decode(ids) + [SPECIAL[END]] * (END in ids) for ids in drawn]
         rewards = self.reward.score(said, np.repeat(photos, SAMPLES)).reshape(-1, SAMPLES)
@@ -2862,7 +2857,7 @@ class Trainer:
             np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world)
             % len(rows)
         ]
-        ids = torch.full((len(mine), MAX_WORDS + 1), END, device=self.device)
+        ids = torch.full((len(mine), Decoding.max_length + 1), END, device=self.device)
         for i, hypotheses in enumerate(generate(self.teller, self.features, mine)):
             ids[i, : len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
         told = _gathered(ids).transpose(0, 1).flatten(0, 1)[: len(rows)].tolist()
@@ -3170,134 +3165,294 @@ def train(run: Run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Caption
+# 9. Captioning
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_WORDS = 30  # of a told caption; 99.98 % of Flickr8k's captions have no more
+
+@dataclass(frozen=True)
+class Decoding:
+    """How captions are generated; page, command, validation and evaluation share these defaults.
+
+    method             "beam", "greedy" (a beam of width 1) or "sample" (words drawn at random)
+    beam_width         partial captions of a photo that go on at each step
+    length_preference  a caption scores log-probability / length**length_preference: the higher, the
+                       longer the captions
+    no_repeat          a beam never has the same so many words twice in the same order, nor a word
+                       again with at most one between: of people's captions in Flickr8k, one in a
+                       hundred has (0: it may)
+    min_length         words before which no caption ends
+    max_length         words of a caption: 99.98 % of Flickr8k's have no more
+    temperature        of samples: below 1, likely words become likelier
+    top_p              samples are drawn from the likeliest words with this probability together
+    seed               of samples: the same seed draws the same captions
+    captions           samples of a photo; a search ends with up to `beam_width` captions anyway
+    start              how every caption begins: "two dogs"
+    must, never        words that every caption has (not for samples), words that none has
+    max_chars          characters of a caption, for alt text (0: any number); no word is cut
+
+    The defaults were chosen on Flickr8k's validation photos (notebooks/README.md).
+
+    Two of these give way: when nothing may follow, a caption ends even before min_length; when no
+    caption has all words of `must`, those with the most of them are returned.
+    """
+
+    method: str = "beam"
+    beam_width: int = 5
+    length_preference: float = 0.9
+    no_repeat: int = 2
+    min_length: int = 1
+    max_length: int = 30
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    captions: int = 1
+    start: str = ""
+    must: Sequence[str] = ()
+    never: Sequence[str] = ()
+    max_chars: int = 0
+
+    def __post_init__(self):
+        for name in ("must", "never"):
+            words = getattr(self, name)
+            object.__setattr__(self, name, (words,) if isinstance(words, str) else tuple(words))
+        for name, holds, rule in (
+            ("method", self.method in ("beam", "greedy", "sample"), "beam, greedy or sample"),
+            ("beam_width", 1 <= self.beam_width <= 1000, "between 1 and 1000"),
+            ("length_preference", self.length_preference >= 0, "at least 0"),
+            ("no_repeat", self.no_repeat >= 0, "at least 0"),
+            ("max_length", 1 <= self.max_length <= 1000, "between 1 and 1000"),
+            ("min_length", 0 <= self.min_length <= self.max_length, "between 0 and max_length"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("captions", 1 <= self.captions <= 1000, "between 1 and 1000"),
+            ("must", not (self.must and self.method == "sample"), "empty for samples"),
+            ("max_chars", self.max_chars == 0 or self.max_chars >= 20, "0 or at least 20"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A caption found by search: its ids without <start>, <end> last if it ended, and its normalised log-probability."""
+    """A generated caption: its ids without <start>, <end> last if it ended, and its score, the
+    log-probability normalised by its length.
+    """
 
     ids: list[int]
     score: float
 
 
+class _Constraints:
+    """What a `Decoding` asks of words, in ids: `must` (M,), and what `forbid` rules out."""
+
+    def __init__(self, decoding: Decoding, vocab: Vocab | None, device: torch.device):
+        self.decoding, self.vocab = decoding, vocab
+        self.start = self._ids(decoding.start)
+        self.never = self._ids(*decoding.never)
+        must = sorted(set(self._ids(*decoding.must)) - set(self.start))
+        self.must = torch.tensor(must, dtype=torch.long, device=device)  # (M,)
+        if both := set(self.never) & {*self.start, *must}:
+            words = ", ".join(vocab.words[i] for i in both)
+            raise ValueError(f"{words}: asked for by start or must, and forbidden by never")
+        if decoding.max_chars:
+            # Each with the space before it: one too many for words that are glued on ("n't").
+            lengths = [len(word) + 1 for word in vocab.words]
+            self.lengths = torch.tensor(lengths, device=device)  # (V,)
+            if sum(lengths[i] for i in self.start) + 2 > decoding.max_chars:
+                raise ValueError(f"start is longer than max_chars={decoding.max_chars}")
+
+    def _ids(self, *texts: str) -> list[int]:
+        words = [word for text in texts for word in tokenize(text)]
+        unknown = [word for word in words if word not in self.vocab.ids]
+        if unknown:
+            raise ValueError(
+                f"The captioner does not know {', '.join(unknown)}: choose among the "
+                f"{len(self.vocab):,} words of its vocab.json."
+            )
+        return [self.vocab.ids[word] for word in words]
+
+    def forbid(self, logits: Tensor, ids: Tensor) -> None:
+        """Rule out what may not follow captions ids (..., T); changes logits (..., V)."""
+        position = ids.shape[-1]
+        logits[..., [PAD, START, UNK, *self.never]] = -torch.inf
+        if position < len(self.start):
+            kept = logits[..., self.start[position], None].clone()
+            logits.fill_(-torch.inf)[..., self.start[position], None] = kept
+        elif self.decoding.max_chars:
+            # The full stop takes one, and another one where it may not touch the last word.
+            left = self.decoding.max_chars - 2 - self.lengths[ids].sum(-1, keepdim=True)  # (..., 1)
+            too_long = self.lengths > left  # (..., V)
+            too_long[..., END] = False
+            logits.masked_fill_(too_long, -torch.inf)
+
+
+@dataclass
+class Beams:
+    """The partial captions of P photos, K each, best first, and their best captions that ended.
+
+    With words that a caption must have, `width` captions go on for each number of missing words,
+    fewest missing first.
+    """
+
+    photos: Tensor  # (P,) places among the searched photos
+    ids: Tensor  # (P, K, L + 1) <start>, the words so far, <pad>
+    scores: Tensor  # (P, K) log-probabilities; -inf: no caption
+    ended_ids: Tensor  # (P, width, L + 1)
+    ended_scores: Tensor  # (P, width) normalised by length, best first; -inf: no caption
+    state: State
+
+    @classmethod
+    def begin(cls, state: State, count: int, width: int, max_length: int, device) -> Beams:
+        """Start `count` photos with one caption each, of no words yet."""
+        ended_ids = torch.full((count, width, max_length + 1), PAD, device=device)
+        ended_scores = torch.full((count, width), -torch.inf, device=device)
+        ids = ended_ids[:, :1].clone()  # (P, 1, L + 1)
+        ids[..., 0] = START
+        scores = torch.zeros_like(ended_scores[:, :1])  # (P, 1)
+        return cls(torch.arange(count, device=device), ids, scores, ended_ids, ended_scores, state)
+
+    def end(self, scores: Tensor, length: int) -> None:
+        """Let captions end with normalised scores (P, K), if these are among their photo's best."""
+        ids = self.ids.clone()
+        ids[..., length] = END
+        scores = torch.cat([self.ended_scores, scores], 1)  # (P, width + K)
+        self.ended_scores, kept = scores.topk(self.ended_ids.shape[1])
+        self.ended_ids = _rows(torch.cat([self.ended_ids, ids], 1), kept)
+
+    def reorder(self, scores: Tensor, parent: Tensor, words: Tensor, length: int) -> None:
+        """Go on with captions (P, K'): each is its photo's caption `parent` and one more word."""
+        first = torch.arange(len(parent), device=parent.device)[:, None] * self.ids.shape[1]
+        rows = (first + parent).flatten()  # (P * K',)
+        caption = {name: tensor[rows] for name, tensor in self.state.caption.items()}
+        self.state = self.state._replace(caption=caption)
+        self.ids = _rows(self.ids, parent)
+        self.ids[..., length] = words
+        self.scores = scores
+
+    def keep(self, going: Tensor) -> None:
+        """Drop the photos that are not `going` (P,)."""
+        rows = going.repeat_interleave(self.ids.shape[1])  # (P * K,)
+        self.state = State(
+            {name: tensor[going] for name, tensor in self.state.photo.items()},
+            {name: tensor[rows] for name, tensor in self.state.caption.items()},
+        )
+        for name in ("photos", "ids", "scores", "ended_ids", "ended_scores"):
+            setattr(self, name, getattr(self, name)[going])
+
+    def best(self, photo: int, normal: float) -> list[Hypothesis]:
+        """Return the ended captions of photo number `photo`; if none ended, its unfinished ones."""
+        ids, scores = self.ended_ids[photo], self.ended_scores[photo]
+        if scores[0] == -torch.inf:
+            ids, scores = self.ids[photo], self.scores[photo] / normal
+        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
+        found = [_hypothesis(ids, score) for ids, score in pairs if score > -math.inf]
+        return found[: self.ended_ids.shape[1]]
+
+
 @torch.inference_mode()
 def beam_search(
-    captioner,
-    features: Tensor,
-    beam_width: int = 5,
-    length_preference: float = LENGTH_PREFERENCE,
-    max_length: int = MAX_WORDS,
-    min_length: int = 0,
-    no_repeat: int = NO_REPEAT,
+    captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
 ) -> list[list[Hypothesis]]:
-    """Search the likeliest captions of all photos (P, R, D) at once, with K = `beam_width` partial captions each.
+    """Search the likeliest captions of all photos (P, R, D) at once.
 
-    captioner          has `start` and `step` as `Captioner` does
-    length_preference  a caption scores log-probability / length**length_preference: more prefers longer captions
-    max_length         words; a photo of which no caption ended by then gets its best unfinished ones
-    min_length         words before which no caption may end
-    no_repeat          no caption says the same so many words twice in the same order, nor a word again with at most one
-                       between: of people's captions in Flickr8k, one in a hundred does (0: it may)
+    captioner  has `start` and `step` as `Captioner` does
+    vocab      of the captioner, when `decoding` names words or characters
 
-    At each step the best K of all continuations go on; one that ends there goes into the photo's pool of K. A photo is
-    done when no partial caption scores above the worst of a full pool. Width 1 is greedy search. <pad>, <start> and
-    <unk> are never told. Photos do not influence each other: a batch of any size tells the same.
+    At each step the best K = `beam_width` of all continuations go on; where one of these ends, it
+    joins the best K ended captions of its photo. A photo is done when no partial caption scores
+    above the worst of K ended ones. Width 1 is greedy search. <pad>, <start> and <unk> are never
+    generated. Photos do not influence each other: a batch of any size gives the same captions.
 
-    Returns for each photo up to K hypotheses, best first, at least one. Length normalisation: Wu et al., 2016.
+    Returns for each photo up to K hypotheses, best first, at least one; unfinished ones where none
+    ended within max_length words. Length normalisation: Wu et al., 2016. A beam for each number of
+    missing words: Hokamp and Liu, 2017.
     """
-    state = captioner.start(features)
-    alive = torch.arange(
-        len(features), device=features.device
-    )  # the photo that a row of what follows belongs to
-    pool_ids = torch.full((len(features), beam_width, max_length + 1), PAD, device=features.device)
-    pool_scores = torch.full(pool_ids.shape[:2], -torch.inf, device=features.device)
-    ids, scores = (
-        pool_ids[:, :1],
-        torch.zeros_like(pool_scores[:, :1]),
-    )  # one beginning, that K captions go on from
-    words = torch.full_like(ids[..., 0], START)
-    told: list = [None] * len(features)
-    for length in range(1, max_length + 1):
-        logits, state = captioner.step(words.flatten(), state)
-        beams, ids, logits = (
-            scores.shape[1],
-            ids.clone(),
-            logits.float().view(len(alive), scores.shape[1], -1),
+    decoding = decoding or Decoding()
+    width = 1 if decoding.method == "greedy" else decoding.beam_width
+    constraints = _Constraints(decoding, vocab, features.device)
+    beams = Beams.begin(
+        captioner.start(features), len(features), width, decoding.max_length, features.device
+    )
+    found: list = [None] * len(features)
+    for length in range(1, decoding.max_length + 1):
+        ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]
+        logits, beams.state = captioner.step(last.flatten(), beams.state)
+        logits = logits.float().view(*last.shape, -1)  # (P, K, V)
+        if decoding.no_repeat and length > max(1, len(constraints.start)):
+            _forbid_repeats(logits, ids, decoding.no_repeat)
+        normaliser = logits.logsumexp(-1)  # (P, K)
+        constraints.forbid(logits, ids)
+        missing = (ids[..., None] != constraints.must).all(-2)  # (P, K, M)
+        ending, scores, parent, words = _extend(
+            logits, beams.scores - normaliser, missing, constraints.must, width
         )
-        if no_repeat and length > 1:
-            _forbid_repeats(logits, ids[..., : length - 1], no_repeat)
-        ended, scores, parent, words = _extend(scores, logits, beam_width)
-        if length <= min_length:
-            ended = torch.full_like(ended, -torch.inf)
-        ids[..., length - 1] = END
-        pool_scores, kept = torch.cat([pool_scores, ended / length**length_preference], 1).topk(
-            beam_width
-        )
-        pool_ids = _rows(torch.cat([pool_ids, ids], 1), kept)
-        ids = _rows(ids, parent)
-        ids[..., length - 1] = words
-        going_on = scores / length**length_preference
-        done = (pool_scores[:, -1] >= going_on[:, 0]) | (length == max_length)
-        for row in done.nonzero()[:, 0].tolist():
-            ended = pool_scores[row, 0] > -torch.inf
-            found = (pool_ids[row], pool_scores[row]) if ended else (ids[row], going_on[row])
-            told[alive[row]] = [
-                _hypothesis(*one) for one in zip(*(t.tolist() for t in found)) if one[1] > -math.inf
-            ]
+        # A caption ends if that is among the best continuations, once it may or nothing can follow.
+        stuck = (scores == -torch.inf).all(1, keepdim=True)  # (P, 1)
+        may_end = stuck | (~missing.any(-1) & (length > decoding.min_length))  # (P, K)
+        ending = ending.where(may_end, -torch.inf)
+        kept = scores.shape[1] // (len(constraints.must) + 1)
+        worst_kept = torch.cat([scores[:, :kept], ending], 1).topk(kept).values[:, -1:]
+        ending = ending.where(ending >= worst_kept, -torch.inf)
+
+        normal = length**decoding.length_preference
+        beams.end(ending / normal, length)
+        beams.reorder(scores, parent, words, length)
+        done = beams.ended_scores[:, -1] >= scores.amax(1) / normal  # (P,)
+        if length == decoding.max_length:
+            done[:] = True
+        for photo in done.nonzero()[:, 0].tolist():
+            found[beams.photos[photo]] = beams.best(photo, normal)
         if done.all():
-            return told
-        rows = (parent + torch.arange(len(alive), device=parent.device)[:, None] * beams)[
-            ~done
-        ].flatten()
-        going = ~done if done.any() else slice(None)
-        state = State(
-            {name: tensor[going] for name, tensor in state.photo.items()},  # (B, ...)
-            {name: tensor[rows] for name, tensor in state.caption.items()},  # (B*K, ...)
-        )
-        alive, ids, scores, words = alive[~done], ids[~done], scores[~done], words[~done]
-        pool_ids, pool_scores = pool_ids[~done], pool_scores[~done]
-    return told
+            break
+        if done.any():
+            beams.keep(~done)
+    return found
 
 
 def _extend(
-    scores: Tensor, logits: Tensor, beam_width: int
+    logits: Tensor, offset: Tensor, missing: Tensor, must: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Continue partial captions of scores (P, K) by one word of logits (P, K, V), which are used up.
+    """Continue captions of P photos by one word of logits (P, K, V), which are used up.
 
-    Returns the scores (P, K) of those that end here, -inf where that is not among the best continuations; the scores of
-    the best `beam_width` that go on; which partial caption each continues, and by which word: (P, beam_width) each.
+    offset   (P, K)     what makes a logit the score of the caption up to this word
+    missing  (P, K, M)  which of the words `must` (M,) a caption does not have yet
+
+    Returns the scores (P, K) of those that end here and, for each number of missing words, the
+    scores of the `width` best that go on, which caption each continues, and by which word:
+    (P, (M + 1) * width) each.
     """
-    # The best of each partial caption hold the best of all, whatever the four special words score: far less to sort than
-    # K * V, and no softmax of all words is needed (1.07 times as fast).
-    best, word = logits.topk(min(beam_width + 4, logits.shape[-1]))
-    end, top = logits[..., END].clone(), best[..., :1].clone()
-    normaliser = top + logits.sub_(top).exp_().sum(-1, keepdim=True).log()
-    ending = scores + end - normaliser[..., 0]
-    going = (scores[..., None] + best - normaliser).masked_fill(word < 4, -torch.inf).flatten(1)
-    going, place = going.topk(min(beam_width, going.shape[1]))
-    worst_kept = torch.cat([going, ending], 1).topk(going.shape[1]).values[:, -1:]
-    return (
-        ending.where(ending >= worst_kept, -torch.inf),
-        going,
-        place // best.shape[-1],
-        word.flatten(1).gather(1, place),
-    )
+    ending = logits[..., END] + offset  # (P, K)
+    logits[..., END] = -torch.inf
+    wanted = logits[..., must]  # (P, K, M)
+    logits[..., must] = -torch.inf  # or they could be among the best a second time
+    # The best of each caption hold the best of all: far less to sort than K * V.
+    best, words = logits.topk(min(width, logits.shape[-1]))  # (P, K, W)
+    left = missing.sum(-1, keepdim=True)  # (P, K, 1)
+    left = torch.cat([left.expand_as(best), left - missing.long()], -1)  # (P, K, W + M)
+    words = torch.cat([words, must.expand_as(wanted)], -1)  # (P, K, W + M)
+    best = torch.cat([best, wanted], -1) + offset[..., None]
+    scores, places = [], []
+    for count in range(len(must) + 1):
+        such = best.masked_fill(left != count, -torch.inf).flatten(1)
+        values, indices = such.topk(min(width, such.shape[1]))
+        scores.append(values)
+        places.append(indices)
+    place = torch.cat(places, 1)
+    parent = place // best.shape[-1]
+    return ending, torch.cat(scores, 1), parent, words.flatten(1).gather(1, place)
 
 
 def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
-    """Take all chance from words by which captions (P, K, T) would say the same n words again, or one of their last two
-    ("a hat and hat"); changes logits (P, K, V).
+    """Rule out words that would repeat n words of captions (P, K, T), or one of their last two ("a
+    hat and hat"); changes logits (P, K, V).
     """
     logits.scatter_(-1, ids[..., -2:], -torch.inf)
     if ids.shape[-1] < n:
         return
-    said = ids.unfold(-1, n, 1)
-    again = (said[..., :-1] == ids[..., None, ids.shape[-1] - n + 1 :]).all(-1)
-    logits.scatter_(-1, said[..., -1].where(again, PAD), -torch.inf)
+    grams = ids.unfold(-1, n, 1)  # (P, K, T - n + 1, n)
+    last = ids[..., None, ids.shape[-1] - n + 1 :]  # (P, K, 1, n - 1)
+    again = (grams[..., :-1] == last).all(-1)
+    logits.scatter_(-1, grams[..., -1].where(again, PAD), -torch.inf)
 
 
 def _rows(ids: Tensor, places: Tensor) -> Tensor:
@@ -3305,73 +3460,95 @@ def _rows(ids: Tensor, places: Tensor) -> Tensor:
 
 
 def _hypothesis(ids: list[int], score: float) -> Hypothesis:
-    return Hypothesis(ids[: ids.index(PAD)] if PAD in ids else ids, score)
+    end = ids.index(PAD) if PAD in ids else len(ids)
+    return Hypothesis(ids[1:end], score)
 
 
 @torch.inference_mode()
 def sample_captions(
-    captioner,
-    features: Tensor,
-    temperature: float = 1.0,
-    seed: int = 0,
-    max_length: int = MAX_WORDS,
-    min_length: int = 0,
+    captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
 ) -> list[list[Hypothesis]]:
-    """Draw one caption a photo at random, by the captioner's own probabilities at `temperature`.
+    """Draw N = `decoding.captions` captions a photo (P, R, D) by the captioner's probabilities.
 
-    Returns what `beam_search` does, one hypothesis a photo; the same seed draws the same captions.
+    Returns what `beam_search` does, as drawn and not sorted; the same seed draws the same captions.
     """
-    generator = torch.Generator(features.device).manual_seed(seed)
+    decoding = decoding or Decoding(method="sample")
+    constraints = _Constraints(decoding, vocab, features.device)
+    generator = torch.Generator(features.device).manual_seed(decoding.seed)
     state = captioner.start(features)
-    words = torch.full((len(features),), START, dtype=torch.long, device=features.device)
-    ids, total, length = (
-        [],
-        torch.zeros(len(features), device=features.device),
-        torch.zeros_like(words),
-    )
-    ended = torch.zeros_like(words, dtype=torch.bool)
-    for _ in range(max_length):
-        logits, state = captioner.step(words, state)
-        logits = logits.float()
-        logits[:, [PAD, START, UNK] + [END] * (len(ids) < min_length)] = -torch.inf
-        words = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        log_prob = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
-        total, length = total + log_prob.where(~ended, 0.0), length + (~ended).long()
-        ids.append(words.where(~ended, PAD))
-        ended = ended | (words == END)
-        if ended.all():
+    count = decoding.captions
+    caption = {name: t.repeat_interleave(count, 0) for name, t in state.caption.items()}
+    state = state._replace(caption=caption)
+    ids = torch.full((len(features) * count, decoding.max_length + 1), PAD, device=features.device)
+    ids[:, 0] = START  # (P * N, L + 1)
+    total = torch.zeros(len(ids), device=ids.device)  # (P * N,)
+    going = torch.ones_like(total, dtype=torch.bool)
+    for length in range(1, decoding.max_length + 1):
+        logits, state = captioner.step(ids[:, length - 1], state)
+        logits = logits.float()  # (P * N, V)
+        constraints.forbid(logits, ids[:, 1:length])
+        if length <= decoding.min_length:
+            others = (logits[:, END + 1 :] > -torch.inf).any(1)
+            logits[others, END] = -torch.inf
+        probs = _nucleus((logits / decoding.temperature).softmax(-1), decoding.top_p)
+        words = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        log_probs = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
+        total += log_probs.where(going, 0.0)
+        ids[:, length] = words.where(going, PAD)
+        going &= words != END
+        if not going.any():
             break
-    scores = (total / length).tolist()
-    return [[_hypothesis(i, s)] for i, s in zip(torch.stack(ids, 1).tolist(), scores)]
+    lengths = (ids != PAD).sum(1) - 1  # without <start>
+    found = [
+        _hypothesis(*one) for one in zip(ids.tolist(), (total / lengths).tolist(), strict=True)
+    ]
+    return [found[i : i + count] for i in range(0, len(found), count)]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Keep of each row (B, V) the likeliest words with probability `top_p` together.
+
+    Holtzman et al., 2020.
+    """
+    if top_p == 1:
+        return probs
+    ordered, words = probs.sort(-1, descending=True)
+    # A word stays as long as those before it have less than top_p: always the first one.
+    kept = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
+    return torch.zeros_like(probs).scatter_(-1, words, kept)
 
 
 def generate(
-    captioner, features, rows: Sequence[int], beam_width: int = 5, progress: bool = False, **options
+    captioner,
+    features,
+    rows: Sequence[int],
+    decoding: Decoding | None = None,
+    vocab: Vocab | None = None,
+    progress: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Search captions for photos `rows` of `features` (indexed by arrays of rows), in batches; options: `beam_search`'s."""
+    """Generate captions of photos `rows` of `features` (indexed by arrays of rows), in batches."""
     from tqdm import tqdm
 
-    size = max(
-        1, 320 // beam_width
-    )  # as many partial captions at a time as keep a product busy and in the cache
+    decoding = decoding or Decoding()
+    make = sample_captions if decoding.method == "sample" else beam_search
+    # As many partial captions at a time as keep a product busy and stay in the cache.
+    size = max(1, 320 // (1 if decoding.method == "greedy" else decoding.beam_width))
     batches = [np.asarray(rows[i : i + size]) for i in range(0, len(rows), size)]
     bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
-    return [
-        told
-        for batch in bar
-        for told in beam_search(captioner, features[batch], beam_width, **options)
-    ]
+    return [one for batch in bar for one in make(captioner, features[batch], decoding, vocab)]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a captioner tells about a photo.
+    """A caption of a photo.
 
     text          a sentence, "A man's dog runs."
     score         its log-probability, normalised by its length
     words         its tokens
-    alternatives  (caption, score) of all captions that the search ended with, best first
-    attention     (T, 7, 7), where each word looked, summing to 1; None for decoders that see no grid
+    alternatives  (text, score) of all captions that the search ended with, best first, or of all
+                  samples, as drawn
+    attention     (T, 7, 7), each word's attention weights, summing to 1; None for decoders that see
+                  no grid
     """
 
     text: str
@@ -3379,15 +3556,6 @@ class Caption:
     words: list[str]
     alternatives: list[tuple[str, float]]
     attention: np.ndarray | None = None
-
-
-class _Uninitialised(torch.overrides.TorchFunctionMode):
-    """Build modules without drawing their first weights, for which the meta device imports all of torch's compiler."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return (*args, *(kwargs or {}).values())[0]
-        return function(*args, **(kwargs or {}))
 
 
 class Storyteller:
@@ -3400,7 +3568,8 @@ class Storyteller:
         self, config: dict, vocab: Vocab, captioner: Captioner, folder: Path | None = None
     ):
         self.config = config | {"vocabulary": len(vocab), "vocabulary_sha256": sha256(vocab.words)}
-        self.vocab, self.folder = vocab, folder  # which may hold backbone.safetensors
+        self.vocab = vocab
+        self.folder = folder  # which may hold backbone.safetensors
         self.captioner = captioner.eval().requires_grad_(False)
         self._backbone: Backbone | None = None
 
@@ -3426,121 +3595,86 @@ class Storyteller:
             folder = _download_model(str(folder_or_hub_id))
         config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
         weights, _ = load_weights(folder / "model.safetensors")
-        weights = rename_weights(weights)
         try:
-            if sha256(vocab.words) != config["vocabulary_sha256"]:
-                raise ValueError("vocab.json is that of another captioner")
-            sizes = config["sizes"] | {"width": config["width"], "regions": config["regions"]}
-            if not all(isinstance(size, int) and 0 < size <= 10_000 for size in sizes.values()):
-                raise ValueError(f"its sizes are {sizes}")
-            moments = torch.tensor(
-                [config["feature_mean"], config["feature_deviation"]], dtype=torch.float32
-            )
-            if (
-                not all(tensor.isfinite().all() for tensor in (moments, *weights.values()))
-                or not moments[1].gt(0).all()
-            ):
-                raise ValueError(
-                    "some of its numbers are no numbers, or a deviation is not above 0"
-                )
-            find_backbone(config["backbone"])
-            build = partial(
-                Captioner,
-                config["decoder"],
-                config["width"],
-                len(vocab),
-                moments,
-                **config["sizes"],
-            )
-            with (
-                torch.device("meta"),
-                _Uninitialised(),
-            ):  # whatever sizes it names, here they take no memory
-                blank = build()
-            if {k: v.shape for k, v in blank.state_dict().items()} != {
-                k: v.shape for k, v in weights.items()
-            }:
-                raise ValueError(
-                    "model.safetensors holds tensors of other names or shapes than config.json says"
-                )
-            with _Uninitialised():
-                captioner = build()
-            captioner.load_state_dict(weights)
-            with torch.inference_mode():  # it can tell
-                captioner.step(
-                    torch.tensor([START]),
-                    captioner.start(torch.zeros(1, sizes["regions"], sizes["width"])),
-                )
-            for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
-                config[other]
+            captioner = _build_captioner(config, vocab, rename_weights(weights))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise ArtifactError(
-                f"{folder} holds no captioner that fits together: {why}. Train or download it again."
+                f"{folder} holds no captioner that fits together: {why}. Train or download it "
+                "again."
             ) from None
         return cls(config, vocab, captioner.to(device), folder)
 
     def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:
-        """Write config.json, vocab.json, model.safetensors (float16), README.md and, if its weights do not come from a
-        package, backbone.safetensors; the whole folder or nothing.
+        """Write a captioner's files into `folder`, and touch nothing else there.
+
+        These are model.safetensors (float16), vocab.json, README.md, config.json and, unless a
+        package brings the backbone's weights, backbone.safetensors.
         """
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            write_text(
-                temporary / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n"
-            )
-            self.vocab.save(temporary / "vocab.json")
-            save_weights(
-                temporary / "model.safetensors",
-                {
-                    name: tensor.detach().to("cpu", torch.float16)
-                    for name, tensor in self.captioner.state_dict().items()
-                },
-            )
-            write_text(temporary / "README.md", model_card(self.config))
-            if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
-                self.backbone.save(temporary / "backbone.safetensors")
+        folder = Path(folder)
+        weights = {
+            name: tensor.detach().to("cpu", torch.float16)
+            for name, tensor in self.captioner.state_dict().items()
+        }
+        save_weights(folder / "model.safetensors", weights)
+        if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
+            self.backbone.save(folder / "backbone.safetensors")
+        self.vocab.save(folder / "vocab.json")
+        write_text(folder / "README.md", model_card(self.config))
+        write_text(folder / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n")
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone that its features come from, loaded when first asked for; another one's weights are refused."""
+        """The backbone that its features come from, loaded when first asked for.
+
+        Raises ArtifactError for another one's weights.
+        """
         if self._backbone is None:
             own = (self.folder or Path()) / "backbone.safetensors"
-            backbone = load_backbone(
-                self.config["backbone"], str(own) if self.folder and own.is_file() else ""
-            )
+            weights = str(own) if self.folder and own.is_file() else ""
+            backbone = load_backbone(self.config["backbone"], weights)
             if backbone.sha256 != self.config["backbone_sha256"]:
                 raise ArtifactError(
-                    f"The weights of {backbone.name} are not those that this captioner was trained with "
-                    f"(sha256 {backbone.sha256[:12]}, expected {self.config['backbone_sha256'][:12]})."
+                    f"The weights of {backbone.name} are not those that this captioner was trained "
+                    f"with (sha256 {backbone.sha256[:12]}, expected "
+                    f"{self.config['backbone_sha256'][:12]})."
                 )
             dtype, _ = precision_here(self.device, self.config.get("precision", "auto"))
             self._backbone = backbone.prepare(self.device, dtype)
         return self._backbone
 
-    def extract(self, images: Sequence) -> Tensor:
-        """Turn photos (paths, PIL images or arrays) into features (B, R, D), rounded as 01 stores them."""
-        how, side = self.config["preprocessing"], self.config.get("photo_size", PHOTO_SIZE)
-        photos = torch.stack([preprocess(open_photo(image), how, side) for image in images])
-        return self.backbone(photos, self.config["regions"]).half().float()
+    def load(self, image) -> Tensor:
+        """Decode a photo (path, bytes, PIL image, array) for the backbone: (3, S, S), uint8."""
+        side = self.config.get("photo_size", PHOTO_SIZE)
+        return preprocess(open_photo(image), self.config["preprocessing"], side)
+
+    def extract(self, images: Sequence | Tensor) -> Tensor:
+        """Turn photos, or what `load` made of them (B, 3, S, S), into features (B, R, D).
+
+        Rounded as 01 stores them, so that captions are those of its features.
+        """
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.load(image) for image in images])
+        return self.backbone(images, self.config["regions"]).half().float()
 
     def caption(self, images, **options) -> list[Caption]:
-        """Tell what is in one photo or many; `options` as in `caption_features`.
+        """Caption one photo or many; `options` as in `caption_features`.
 
         images  a path, a PIL image, an array (height, width, 3) uint8, or a list of these
 
         Raises ValueError for a photo that cannot be read.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        told = []
+        captions = []
         for i in range(0, len(images), 32):
-            told += self.caption_features(self.extract(images[i : i + 32]), **options)
-        return told
+            captions += self.caption_features(self.extract(images[i : i + 32]), **options)
+        return captions
 
     def caption_each(self, images: Sequence[Path | str], **options) -> list[Caption | str]:
-        """Tell about each photo, and go on where one cannot be told about: its place then holds a sentence that says why.
+        """Caption each photo; where one cannot be captioned, its place holds a sentence why.
 
-        The sentence shows strangers no folder and no detail of an error that nobody foresaw, which goes to stderr.
+        The sentence shows strangers no folder and no detail of an unforeseen error, which goes to
+        stderr.
         """
         try:
             return self.caption(images, **options)
@@ -3553,69 +3687,75 @@ class Storyteller:
             return [f"{Path(images[0]).name} could not be captioned."]
 
     def caption_features(
-        self,
-        features: Tensor,
-        method: str = "beam",
-        beam_width: int = 5,
-        length_preference: float = LENGTH_PREFERENCE,
-        temperature: float = 1.0,
-        seed: int = 0,
-        **limits,
+        self, features: Tensor, attention: bool = True, **options
     ) -> list[Caption]:
-        """Tell what is in photos of which the features (B, R, D) are known.
+        """Caption photos by their features (B, R, D); `options` are the fields of `Decoding`.
 
-        method  "beam", "greedy" (beam width 1) or "sample" (at `temperature`, by `seed`)
-        limits  max_length, min_length (usually 1) and, but for samples, no_repeat of `beam_search`
+        attention  False spares the attention weights, a fifteenth of the work
         """
-        if method not in ("beam", "greedy", "sample") or beam_width < 1 or temperature <= 0:
-            raise ValueError(
-                f"method={method!r}, beam_width={beam_width}, temperature={temperature}: the method is beam, "
-                "greedy or sample, the width at least 1, the temperature above 0"
-            )
-        features, limits = features.to(self.device), {"min_length": 1} | limits
-        if method == "sample":
-            found = sample_captions(self.captioner, features, temperature, seed, **limits)
-        else:
-            width = 1 if method == "greedy" else beam_width
-            found = beam_search(self.captioner, features, width, length_preference, **limits)
-        looks = self._looks(features, [hypotheses[0].ids for hypotheses in found])
-        return [
-            self._telling(hypotheses, look) for hypotheses, look in zip(found, looks, strict=True)
-        ]
+        features, decoding = features.to(self.device), Decoding(**options)
+        found = generate(self.captioner, features, range(len(features)), decoding, self.vocab)
+        weights: Sequence = [None] * len(found)
+        if attention:
+            weights = self._attention(features, [hypotheses[0].ids for hypotheses in found])
+        return [self._caption(*pair) for pair in zip(found, weights, strict=True)]
 
-    def _telling(self, hypotheses: list[Hypothesis], look: np.ndarray | None) -> Caption:
+    def _caption(self, hypotheses: list[Hypothesis], attention: np.ndarray | None) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
-        return Caption(
-            *alternatives[0],
-            words[0],
-            alternatives,
-            None if look is None else look[: len(words[0])],
-        )
+        if attention is not None:
+            attention = attention[: len(words[0])]
+        return Caption(*alternatives[0], words[0], alternatives, attention)
 
     @torch.inference_mode()
-    def _looks(self, features: Tensor, captions: list[list[int]]) -> Sequence:
-        """Return where each word of each caption looked (T, 7, 7), or None each for a decoder that does not look."""
-        state, looks = self.captioner.start(features), []
+    def _attention(self, features: Tensor, captions: list[list[int]]) -> Sequence:
+        """Return each caption's attention weights (T, 7, 7); None each if the decoder has none."""
+        state = self.captioner.start(features)
         if "weights" not in state.caption:
             return [None] * len(captions)
-        words = torch.full((len(captions),), START, device=self.device)
-        longest = max(map(len, captions))
-        for place in range(longest):
-            _, state = self.captioner.step(words, state)
-            looks.append(state.caption["weights"])
-            words = torch.tensor(
-                [(caption + [PAD] * longest)[place] for caption in captions], device=self.device
-            )
-        side = math.isqrt(looks[0].shape[1])
-        return torch.stack(looks, 1).unflatten(-1, (side, side)).cpu().numpy()
+        rows = [torch.tensor([START, *caption]) for caption in captions]
+        words = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)  # (B, T + 1)
+        weights = []
+        for column in words.T[:-1].to(self.device):
+            _, state = self.captioner.step(column, state)
+            weights.append(state.caption["weights"])  # (B, R)
+        side = math.isqrt(weights[0].shape[1])
+        return torch.stack(weights, 1).unflatten(-1, (side, side)).cpu().numpy()
+
+
+def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> Captioner:
+    """Build a saved captioner from its files; errors of any kind say what does not fit."""
+    if sha256(vocab.words) != config["vocabulary_sha256"]:
+        raise ValueError("vocab.json is that of another captioner")
+    sizes = config["sizes"] | {"width": config["width"], "regions": config["regions"]}
+    if not all(isinstance(size, int) and 0 < size <= 10_000 for size in sizes.values()):
+        raise ValueError(f"its sizes are {sizes}")
+    moments = torch.tensor(
+        [config["feature_mean"], config["feature_deviation"]], dtype=torch.float32
+    )  # (2, D)
+    finite = all(tensor.isfinite().all() for tensor in (moments, *weights.values()))
+    if not finite or not moments[1].gt(0).all():
+        raise ValueError("some of its numbers are not finite, or a deviation is not above 0")
+    find_backbone(config["backbone"])
+    for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
+        config[other]
+    # On the meta device, whatever sizes it names take no memory, and no first weights are drawn.
+    with torch.device("meta"):
+        captioner = Captioner(
+            config["decoder"], config["width"], len(vocab), tuple(moments), **config["sizes"]
+        )
+    captioner.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    with torch.inference_mode():  # a first step shows that all of it fits together
+        features = torch.zeros(1, sizes["regions"], sizes["width"])
+        captioner.step(torch.tensor([START]), captioner.start(features))
+    return captioner
 
 
 def _download_model(repo_id: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ArtifactError(
-            f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the notebooks "
-            "up to 03_train_dual_t4 first, or name another one."
+            f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the "
+            "notebooks up to 03_train_dual_t4 first, or name another one."
         )
     from huggingface_hub import snapshot_download
 
@@ -3630,83 +3770,81 @@ def _download_model(repo_id: str) -> Path:
 
 
 def default_model() -> Path:
-    """Return the captioner to show: space/model if the repository has one, else what 03 made."""
+    """Return the captioner to use: space/model if the repository has one, else what 03 made."""
     shipped = Path(__file__).resolve().parent / "space" / "model"
-    return (
-        shipped if (shipped / "config.json").is_file() else OUTPUTS / "03_train_dual_t4" / "model"
-    )
+    if (shipped / "config.json").is_file():
+        return shipped
+    return OUTPUTS / "03_train_dual_t4" / "model"
 
 
-def _settings_table(settings: dict[str, dict]) -> list[str]:
-    """Return a table of what each stage was set to, but for folders and files."""
-    rows = [
-        f"| {stage} | {', '.join(f'{k}={v!r}' for k, v in chosen.items() if k not in LOCATIONS)} |"
-        for stage, chosen in settings.items()
-    ]
-    return ["Settings:", "", "| stage | settings |", "|---|---|", *rows, ""] if rows else []
+MODEL_CARD = """\
+---
+pipeline_tag: image-to-text
+library_name: pytorch
+tags: [image-captioning]{license}
+---
+
+# Neural Storyteller
+
+Captions a photo in one sentence. Decoder `{decoder}` on `{backbone}`, recipe `{recipe}`, \
+{vocabulary:,} words.
+
+Trained on {photos:,} photos of {dataset}; epoch {best_epoch} was chosen on the validation photos \
+(CIDEr-D {val_cider:.3f}, beam search).{drawn}{terms}
+
+{scores}```python
+import storyteller_utils as st
+print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)
+```
+
+{settings}It learned from people who described strangers' photos: it guesses gender and age, it is \
+often wrong about counts and rare things, and it should decide nothing about anybody.
+"""
 
 
 def model_card(config: dict) -> str:
-    """Write a captioner's README.md: front matter for the Hub, what it is, how to use it, scores, limits.
+    """Write a captioner's README.md, with front matter for the Hub.
 
-    config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04, if there are any
+    config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04 and "settings"
+            {stage: {name: value}}, if there are any
     """
-    training, dataset = config["training"], config["dataset"]
-    drawn = (
-        " **These are drawings, not photos: this captioner only shows that everything works.**"
-        if dataset["sample"]
-        else ""
-    )
-    # Both are named so by their makers, whose terms go on to what is learnt from them.
-    terms = (
-        " Its photos and captions are for research and education only, and so is this captioner."
-        if "flickr" in dataset["name"].lower()
-        else ""
-    )
-    scores = config.get("scores", {})
-    table = [
-        f"| {name} | {s['value']:.3f} | {s['low']:.3f} to {s['high']:.3f} |"
-        for name, s in scores.items()
+    dataset, drawn, terms = config["dataset"], "", ""
+    if dataset["sample"]:
+        drawn = (
+            " **These are drawings, not photos: this captioner only shows that everything works.**"
+        )
+    # Both are named so by their makers, whose terms go on to what is learned from them.
+    if "flickr" in dataset["name"].lower():
+        terms = (
+            " Its photos and captions are for research and education only, and so is this "
+            "captioner."
+        )
+    scores = [
+        (name, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}")
+        for name, s in config.get("scores", {}).items()
     ]
-    lines = [
-        "---",
-        "pipeline_tag: image-to-text",
-        "library_name: pytorch",
-        "tags: [image-captioning]",
-        *(["license: other"] if terms else []),
-        "---",
-        "",
-        "# Neural Storyteller",
-        "",
-        f"Tells in one sentence what is in a photo. Decoder `{config['decoder']}` on "
-        f"`{config['backbone']}`, recipe `{config['recipe']}`, {config['vocabulary']:,} words.",
-        "",
-        f"Trained on {training['photos']:,} photos of {dataset['name']}; epoch {training['best_epoch']} was chosen on the "
-        f"validation photos (CIDEr-D {training['val_cider']:.3f}, beam search).{drawn}{terms}",
-        "",
-        *(
-            [
-                f"Scores on {config['scored_on']}:",
-                "",
-                "| metric | value | 95 % interval |",
-                "|---|---|---|",
-                *table,
-                "",
-            ]
-            if table
-            else []
+    settings = [
+        (stage, ", ".join(f"{k}={v!r}" for k, v in chosen.items() if k not in LOCATIONS))
+        for stage, chosen in config.get("settings", {}).items()
+    ]
+    facts = {
+        "dataset": dataset["name"],
+        "license": "\nlicense: other" if terms else "",
+        "drawn": drawn,
+        "terms": terms,
+        "scores": _card_table(
+            f"Scores on {config.get('scored_on')}:", ("metric", "value", "95 % interval"), scores
         ),
-        "```python",
-        "import storyteller_utils as st",
-        'print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)',
-        "```",
-        "",
-        *_settings_table(config.get("settings", {})),
-        "It was taught by people who described strangers' photos: it guesses gender and age, it is often wrong about "
-        "counts and rare things, and it should decide nothing about anybody.",
-        "",
-    ]
-    return "\n".join(lines)
+        "settings": _card_table("Settings:", ("stage", "settings"), settings),
+    }
+    return MODEL_CARD.format(**config["training"] | config | facts)
+
+
+def _card_table(title: str, header: tuple, rows: list[tuple]) -> str:
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *rows]
+    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

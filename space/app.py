@@ -159,7 +159,7 @@ with gr.Blocks(
                 length = gr.Slider(
                     0,
                     2,
-                    st.LENGTH_PREFERENCE,
+                    st.Decoding.length_preference,
                     step=0.1,
                     label="Length preference",
                     info="beam search: more is longer",

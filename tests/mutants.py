@@ -72,27 +72,32 @@ MUTANTS = [
     Mutant(
         "captions score as if a word longer",
         "beam_search",
-        "ended / length**length_preference",
-        "ended / (length + 1)**length_preference",
+        "length**decoding.length_preference",
+        "(length + 1)**decoding.length_preference",
     ),
     Mutant(
         "a photo is done at its first caption",
         "beam_search",
-        "pool_scores[:, -1]",
-        "pool_scores[:, 0]",
+        "beams.ended_scores[:, -1]",
+        "beams.ended_scores[:, 0]",
     ),
     Mutant(
         "beams of other photos go on",
-        "beam_search",
-        "torch.arange(len(alive), device=parent.device)[:, None] * beams",
-        "torch.arange(len(alive), device=parent.device)[:, None] * 0",
+        "Beams.reorder",
+        "torch.arange(len(parent), device=parent.device)[:, None] * self.ids.shape[1]",
+        "torch.arange(len(parent), device=parent.device)[:, None] * 0",
     ),
-    Mutant("<unk> may be told", "_extend", "word < 4", "word < 3"),
+    Mutant(
+        "<unk> may be generated",
+        "_Constraints.forbid",
+        "[PAD, START, UNK, *self.never]",
+        "[PAD, START, *self.never]",
+    ),
     Mutant(
         "the temperature is upside down",
         "sample_captions",
-        "logits / temperature",
-        "logits * temperature",
+        "logits / decoding.temperature",
+        "logits * decoding.temperature",
     ),
     Mutant(
         "padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"

@@ -175,9 +175,8 @@ def test_the_score_of_beam_search_is_the_likelihood_of_the_caption(decoder):
     model, (features, _) = captioner(decoder), captions()
     with torch.no_grad():
         model.decoder.output.weight.mul_(3)
-    found = st.beam_search(
-        model, features, beam_width=4, length_preference=1.0, max_length=7, no_repeat=0
-    )
+    decoding = st.Decoding(beam_width=4, length_preference=1.0, max_length=7, no_repeat=0)
+    found = st.beam_search(model, features, decoding)
     for photo, hypotheses in enumerate(found):
         assert len({tuple(h.ids) for h in hypotheses}) == len(hypotheses) >= 1
         for h in hypotheses:

@@ -74,7 +74,7 @@ def test_every_control_reaches_the_search(client, app, monkeypatch):
     assert {**seen, "seed": 0} == {
         "method": "beam",
         "beam_width": 5,
-        "length_preference": st.LENGTH_PREFERENCE,
+        "length_preference": st.Decoding.length_preference,
         "temperature": 1,
         "seed": 0,
     }

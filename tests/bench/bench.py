@@ -379,11 +379,10 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     features = torch.randn(s.told, 1 if pooled else 49, 2048, generator=generator).to(DEVICE)
     rows = np.arange(most) % s.told
 
+    decoding = st.Decoding(beam_width=width, min_length=0, **PLAIN)
+
     def ours(count):
-        return [
-            found[0].ids
-            for found in st.generate(captioner, features, rows[:count], beam_width=width, **PLAIN)
-        ]
+        return [found[0].ids for found in st.generate(captioner, features, rows[:count], decoding)]
 
     def theirs():
         return [
@@ -405,7 +404,7 @@ def step_shapes(
     """List the matrix products (the LSTM's, the output's) that searching these photos takes."""
     rows, step, d = [], captioner.step, captioner.decoder
     captioner.step = lambda words, state: rows.append(len(words)) or step(words, state)
-    st.beam_search(captioner, features, width, **PLAIN)
+    st.beam_search(captioner, features, st.Decoding(beam_width=width, min_length=0, **PLAIN))
     del captioner.step
     once = ("encoder", "begin", "key", "embedding", "output")
     weights = [
