@@ -33,8 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property, partial, reduce
-from operator import or_
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -3860,165 +3859,111 @@ Words = list[str]
 def bleu_statistics(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
     """Count what corpus BLEU is made of, photo by photo, so that any set of photos can be summed.
 
-    Returns (N, 10): clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length
-    (the shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
+    Returns (N, 10): clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest
+    reference length (the shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
     """
     rows = [
-        _bleu_row(_ngrams(words), _ngrams(*group), group)
-        for words, group in zip(hypotheses, references)
+        _bleu_row(_ngrams(words), _clips(group), group)
+        for words, group in zip(hypotheses, references, strict=True)
     ]
     return np.array(rows, dtype=np.float64).reshape(-1, 10)
 
 
 def bleu(statistics: np.ndarray) -> np.ndarray:
-    """Compute unsmoothed BLEU-1..4 (..., 4) of the photos with these statistics (..., N, 10); 0 without a match."""
+    """Compute unsmoothed BLEU-1..4 (..., 4) of the photos with these statistics (..., N, 10)."""
     sums = statistics.sum(axis=-2)
     brevity = np.exp(np.minimum(0, 1 - sums[..., 9:] / np.maximum(sums[..., 8:9], 1)))
-    return brevity * np.cumprod(sums[..., :4] / np.maximum(sums[..., 4:8], 1), axis=-1) ** (
-        1 / np.arange(1, 5)
+    precisions = sums[..., :4] / np.maximum(sums[..., 4:8], 1)  # 0 without a match
+    return brevity * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, 5))
+
+
+def _ngrams(words: Words) -> dict[str, int]:
+    """Count the 1- to 4-grams, joined by spaces: a string keeps its hash, a tuple does not."""
+    shifted = words[1:], words[2:], words[3:]
+    longer = itertools.chain.from_iterable(
+        zip(words, *shifted[:n], strict=False) for n in (1, 2, 3)
     )
+    return dict(Counter(itertools.chain(words, map(" ".join, longer))))
 
 
-def _ngrams(*sentences: Words) -> Counter:
-    # The union of two Counters keeps the larger count, which is the one that clips.
-    return reduce(
-        or_,
-        (
-            Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-            for words in sentences
-        ),
-    )
+def _clips(references: list[Words]) -> dict[str, int]:
+    """Return how often each n-gram may count: as often as the reference that has it most often."""
+    most: dict[str, int] = {}
+    for words in references:
+        for ngram, count in _ngrams(words).items():
+            most[ngram] = max(count, most.get(ngram, 0))
+    return most
 
 
-def _bleu_row(counts: Counter, most: dict, references: list[Words]) -> list[float]:
+def _bleu_row(counts: dict, most: dict, references: list[Words]) -> list[float]:
     matches, totals = [0] * 4, [0] * 4
     for ngram, count in counts.items():
-        totals[len(ngram) - 1] += count
-        matches[len(ngram) - 1] += min(count, most.get(ngram, 0))
-    return (
-        matches
-        + totals
-        + [totals[0], min(map(len, references), key=lambda n: (abs(n - totals[0]), n))]
-    )
+        order = ngram.count(" ")
+        totals[order] += count
+        matches[order] += min(count, most.get(ngram, 0))
+    closest = min(map(len, references), key=lambda n: (abs(n - totals[0]), n))
+    return [*matches, *totals, totals[0], closest]
 
 
 class CiderD:
-    """Score captions by CIDEr-D: how many tf-idf weighted n-grams they share with a photo's references, times 10.
+    """Score captions by CIDEr-D: the tf-idf weighted n-grams shared with a photo's references.
 
     references    one list of token lists a photo, of any number >= 1
-    document_set  references of the photos in which the document frequencies are counted; None: the same ones
+    document_set  references of the photos in which document frequencies are counted; None: the same
 
-    Built once and asked often (self-critical training): the references are sorted arrays of (sentence, n-gram) and
-    weight, a question is a binary search. Equal to what pycocoevalcap calls "CIDEr". Vedantam et al., 2015.
+    Built once and asked often (self-critical training), so the n-grams and norms of the references
+    are kept. Equal to what pycocoevalcap calls "CIDEr", 0 to 10. Vedantam et al., 2015.
     """
 
     def __init__(
         self, references: list[list[Words]], document_set: list[list[Words]] | None = None
     ):
-        groups, counted = references + (document_set or []), len(references) if document_set else 0
-        sentences, photo = (
-            [words for group in groups for words in group],
-            _spread(_lengths(groups))[0],
-        )
-        self.sizes, self.words, self.tables, self.orders = _lengths(references), {}, [], []
-        self.first, own = np.cumsum(self.sizes) - self.sizes, self.sizes.sum()
-        self.lengths = _lengths(sentences[:own])
-        for sentence, ngram, unknown in self._numbered(sentences, learn=True):
-            span, document = unknown + 1, photo[sentence]
-            # With counts, np.unique sorts; without, it hashes, which takes ten times as long for millions.
-            seen = (
-                np.unique((document * span + ngram)[document >= counted], return_counts=True)[0]
-                % span
-            )
-            idf = np.log(max(len(groups) - counted, 1)) - np.log(
-                np.maximum(np.bincount(seen, minlength=span), 1)
-            )
-            keys, counts = np.unique((sentence * span + ngram)[sentence < own], return_counts=True)
-            weights = counts * idf[keys % span]
-            norms = np.sqrt(np.bincount(keys // span, weights**2, minlength=own))
-            self.orders.append(
-                (idf, np.append(keys, np.iinfo(np.int64).max), np.append(weights, 0), norms)
-            )
+        counts = [[_ngrams(words) for words in group] for group in references]
+        documents = counts
+        if document_set:
+            documents = [[_ngrams(words) for words in group] for group in document_set]
+        seen = Counter(itertools.chain.from_iterable(set().union(*group) for group in documents))
+        rare = math.log(max(len(documents), 1))
+        # Squared, as norms and dot products need it. What one photo has weighs as what none has.
+        self._rare = rare**2
+        self._idf = {ngram: (rare - math.log(n)) ** 2 for ngram, n in seen.items() if n > 1}
+        self._references = [
+            [(len(words), of, self._norms(of)) for words, of in zip(group, counted, strict=True)]
+            for group, counted in zip(references, counts, strict=True)
+        ]
 
-    def _numbered(self, sentences: list[Words], learn: bool = False):
-        """Yield for n = 1..4 each n-gram's sentence and number; unknown ones are numbered from the third value on."""
-        extra, base = (self.words, 0) if learn else ({}, len(self.words))
-        word = np.array(
-            [
-                self.words[word]
-                if word in self.words
-                else extra.setdefault(word, base + len(extra))
-                for words in sentences
-                for word in words
-            ],
-            dtype=np.int64,
-        )
-        sentence, start, ngram = _spread(_lengths(sentences))[0], np.arange(len(word)), word
-        yield sentence, ngram, len(self.words)
-        for n in range(1, 4):
-            inside = np.append(sentence, [-1] * n)[start + n] == sentence[start]
-            start = start[inside]
-            codes = (
-                ngram[inside] << 32 | word[start + n]
-            )  # the n-gram one shorter, and its last word
-            if learn:
-                table, ngram = np.unique(codes, return_inverse=True)
-                self.tables.append(np.append(table, np.iinfo(np.int64).max))
-            table = self.tables[n - 1]
-            if not learn:
-                ngram = np.searchsorted(table, codes)
-                new = table[ngram] != codes
-                ngram[new] = len(table) - 1 + np.unique(codes[new], return_inverse=True)[1]
-            yield sentence[start], ngram, len(table) - 1
-
-    def score(self, hypotheses: list[Words], photos=None) -> np.ndarray:
-        """Score each hypothesis (H,); photos (H,): whose references, by row; None: one hypothesis a photo, in order."""
-        photos = (
-            np.arange(len(self.sizes)) if photos is None else np.asarray(photos, dtype=np.int64)
-        )
+    def score(self, hypotheses: list[Words], photos: Sequence[int] | None = None) -> np.ndarray:
+        """Score each hypothesis (H,); photos (H,): whose references; None: one a photo, in order."""
+        photos = range(len(self._references)) if photos is None else photos
         if len(photos) != len(hypotheses):
             raise ValueError(
                 f"{len(hypotheses)} captions for {len(photos)} photos: photos= takes one for each caption"
             )
-        size, first_pair = self.sizes[photos], np.cumsum(self.sizes[photos]) - self.sizes[photos]
-        hypothesis, offset = _spread(size)  # one entry a pair of hypothesis and reference
-        reference, similarity = self.first[photos][hypothesis] + offset, np.zeros(len(hypothesis))
-        for (owner, ngram, unknown), (idf, keys, weights, norms) in zip(
-            self._numbered(hypotheses), self.orders
-        ):
-            span = max(unknown, ngram.max(initial=0)) + 1
-            groups, counts = np.unique(owner * span + ngram, return_counts=True)
-            owner, ngram = groups // span, np.minimum(groups % span, unknown)
-            weight = counts * idf[ngram]
-            entry, offset = _spread(
-                size[owner]
-            )  # one entry an n-gram of a hypothesis and a reference
-            pair = first_pair[owner][entry] + offset
-            wanted = reference[pair] * (unknown + 1) + ngram[entry]
-            place = np.searchsorted(keys, wanted)
-            other = np.where(keys[place] == wanted, weights[place], 0)
-            dot = np.bincount(
-                pair, np.minimum(weight[entry], other) * other, minlength=len(similarity)
-            )
-            norm = (
-                np.sqrt(np.bincount(owner, weight**2, minlength=len(size)))[hypothesis]
-                * norms[reference]
-            )
-            similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm > 0)
-        longer = _lengths(hypotheses)[hypothesis] - self.lengths[reference]
-        similarity *= 10 / 4 * np.exp(-(longer**2) / (2 * 6**2))  # sigma 6
-        return np.bincount(hypothesis, similarity, minlength=len(size)) / size
+        pairs = zip(hypotheses, photos, strict=True)
+        return np.array([self._score(words, self._references[i]) for words, i in pairs], float)
 
+    def _norms(self, counts: dict[str, int]) -> tuple[float, ...]:
+        """Return the squared length of the vector of 1-grams, of 2-grams, 3-grams and 4-grams."""
+        norms = [0.0] * 4
+        for ngram, count in counts.items():
+            norms[ngram.count(" ")] += count**2 * self._idf.get(ngram, self._rare)
+        return tuple(norms)
 
-def _lengths(lists: list) -> np.ndarray:
-    return np.array(list(map(len, lists)), dtype=np.int64)
-
-
-def _spread(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Repeat each row's number sizes[row] times; beside it, 0, 1, ... within the row."""
-    return np.repeat(np.arange(len(sizes)), sizes), np.arange(sizes.sum()) - np.repeat(
-        np.cumsum(sizes) - sizes, sizes
-    )
+    def _score(self, words: Words, references: list[tuple]) -> float:
+        counts = _ngrams(words)
+        norms = self._norms(counts)
+        total = 0.0
+        for length, others, other_norms in references:
+            dots = [0.0] * 4
+            # In the order of the words, not of a set, which would differ from run to run.
+            for ngram, count in counts.items():
+                if ngram in others:
+                    clipped = min(count, others[ngram]) * others[ngram]
+                    dots[ngram.count(" ")] += clipped * self._idf.get(ngram, self._rare)
+            cosines = zip(dots, norms, other_norms, strict=True)
+            similarity = sum(dot / math.sqrt(a * b) for dot, a, b in cosines if dot)
+            total += similarity * math.exp(-((len(words) - length) ** 2) / (2 * 6**2))  # sigma 6
+        return 10 / 4 * total / len(references)
 
 
 @cache
@@ -4152,7 +4097,7 @@ def _score_turns(turns: list[tuple], seed: int, cider: CiderD | None = None) -> 
         tables.append(np.column_stack([counts, meteors, *overlap[:3], ciders, *overlap[3:]]))
         wording.append(
             (
-                _lengths(hypotheses).mean(),
+                np.mean([len(words) for words in hypotheses]),
                 len(set().union(*hypotheses)),
                 len(set(map(tuple, hypotheses))) / photos,
             )
@@ -4189,7 +4134,7 @@ def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Wor
     # average photo, whose count of an n-gram is the share of photos that have it; the best 50 are then truly scored.
     rows = np.random.default_rng(seed).permutation(len(train_references))[:2000]
     groups = [train_references[row] for row in rows]
-    most = [_ngrams(*group) for group in groups]
+    most = [_clips(group) for group in groups]
     share = {
         ngram: count / len(groups)
         for ngram, count in Counter(ngram for one in most for ngram in one).items()

@@ -158,9 +158,9 @@ MUTANTS = [
     ),
     Mutant(
         "CIDEr-D takes five references for granted",
-        "CiderD.score",
-        "np.bincount(hypothesis, similarity, minlength=len(size)) / size",
-        "np.bincount(hypothesis, similarity, minlength=len(size)) / 5",
+        "CiderD._score",
+        "10 / 4 * total / len(references)",
+        "10 / 4 * total / 5",
     ),
     Mutant(
         "the longer of two close references counts",
