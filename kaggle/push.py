@@ -29,7 +29,7 @@ IMPORTS = {
     stage: f"matplotlib pandas PIL safetensors tqdm {more}".split()
     for stage, more in {
         "01_extract_features": "",
-        "02_vocab": "sklearn",
+        "02_vocab": "nltk sklearn",
         "03_train_dual_t4": "",
         "04_evaluate": "nltk rouge_score sklearn",
         "05_deploy": "gradio gradio_client huggingface_hub",

@@ -37,8 +37,8 @@ def project(tmp_path_factory):
     split_of = st.split_photos(list(run.dataset.photos), 13)
     st.write_csv(
         run.out / "captions.csv",
-        ["image", "split", "caption"],
-        [(n, split_of[n], c) for n, c in captions.rows],
+        ["image", "split", "caption", "tokens"],
+        [(n, split_of[n], c, " ".join(st.tokenize(c))) for n, c in captions.rows],
     )
     words = {
         name: [st.tokenize(c) for n, c in captions.rows if n == name] for name in run.dataset.photos

@@ -102,7 +102,7 @@ class Material:
             st.write_csv(folder / "skipped.csv", ["image", "reason"], [])
             st.write_csv(
                 folder / "captions.csv",
-                ["image", "split", "caption"],
+                ["image", "split", "tokens"],
                 [
                     (names[i // 5], "val" if i < 10 else "train", caption)
                     for i, caption in enumerate(captions)
