@@ -6,6 +6,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORDNET := $(VENV)/nltk_data/corpora/wordnet
 STAGES := 01_extract_features 02_vocab 03_train_dual_t4 04_evaluate 05_deploy
+# A line a stage: what its manifest says.
+define SUMMARY
+import json, sys
+for stage in sys.argv[1:]:
+    said = json.load(open(f"outputs/{stage}/manifest.json"))
+    facts = "".join(f", {k} {v}" for k, v in said["facts"].items() if len(str(v)) < 40)
+    print(f"{stage}: {said['seconds']:.0f} s, at most {said['memory'] / 2**30:.1f} GiB{facts}")
+endef
+export SUMMARY
 export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -42,7 +51,7 @@ run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folde
 	@set -e; $(foreach stage,$(STAGES),$(BIN)/papermill notebooks/$(stage).ipynb outputs/notebooks/$(stage).ipynb \
 		--log-output --no-progress-bar --execution-timeout 86400 $($(stage)) \
 		$(if $(DATASET),$(if $(filter-out 05_deploy,$(stage)),-p dataset_dir "$(DATASET)")) &&) true
-	@echo && cat outputs/04_evaluate/scores.md && echo && cat $(STAGES:%=outputs/%.txt)
+	@echo && cat outputs/04_evaluate/scores.md && echo && $(BIN)/python -c "$$SUMMARY" $(STAGES)
 	@echo && echo "The Space is in outputs/05_deploy/space. Look at it: make demo MODEL=outputs/05_deploy/space/model"
 
 test: $(VENV)/test  ## all tests

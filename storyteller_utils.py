@@ -8,6 +8,7 @@ V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import copy
 import csv
@@ -26,7 +27,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import unicodedata
@@ -47,7 +47,8 @@ from torch import Tensor, nn
 # 1. Stages and artifacts
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Order and dependencies, written here only: a stage's name is its notebook's, its Kaggle folder's and its output's.
+# Order and dependencies, written here only: a stage's name is its notebook's, its Kaggle folder's
+# and its output's.
 STAGES: dict[str, tuple[str, ...]] = {
     "01_extract_features": (),
     "02_vocab": (),
@@ -59,18 +60,18 @@ OUTPUTS = Path("outputs")
 # Where a dataset or a file lies, and who computes for how long, says nothing about what is computed.
 LOCATIONS = {
     "dataset_dir",
+    "captions",
     "splits",
     "backbone_weights",
     "resume_from",
     "space_id",
-    "captions",
     "max_hours",
     "torchrun",
 }
 
 
 class ArtifactError(RuntimeError):
-    """A file or folder that is missing, broken or does not fit; the message says which, and what to do next."""
+    """A file or folder that is missing, broken or does not fit; the message says what to do next."""
 
 
 def kaggle_input() -> Path | None:
@@ -85,39 +86,33 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors has its own error, with the number in its text; torch.save hides it behind another one.
-        chain = [error, error.__context__]
-        told = re.search(r"os error (\d+)", str(error))
-        number = (
-            int(told[1]) if told else next((e.errno for e in chain if isinstance(e, OSError)), None)
-        )
+        # torch.save hides it behind an error of its own.
+        causes = [e for e in (error, error.__context__) if isinstance(e, OSError)]
+        number = causes[0].errno if causes else None
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        name = re.sub(
-            r"\.([^/]+)\.\d+\.tmp", r"\1", str(path)
-        )  # what the temporary folder around it will be called
         raise ArtifactError(
-            f"{name} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. Make room, or "
-            "make the folder writable, and run the notebook again: it goes on where it stopped."
+            f"{path} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. "
+            "Make room, or make the folder writable, and run the notebook again: it goes on where "
+            "it stopped."
         ) from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that takes its place once the block has ended without an error.
+    """Yield the name of a temporary file that becomes `path` once the block has ended.
 
-    Raises ArtifactError when the disk is full or may not be written.
+    An error in the block leaves `path` as it was. Raises ArtifactError when the disk is full or may
+    not be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if temporary.is_dir():
-                shutil.rmtree(
-                    path, ignore_errors=True
-                )  # a folder cannot be renamed over a full one
+                shutil.rmtree(path, ignore_errors=True)
             else:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
@@ -128,48 +123,97 @@ def replacing(path: Path | str) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-_locks: dict[Path, io.TextIOBase] = {}  # of folders that this process works in
+@contextlib.contextmanager
+def replacing_files(folder: Path | str, index: str) -> Iterator[Path]:
+    """Yield an empty folder for files that replace those of the same names in `folder`.
 
+    index  the JSON file among them by which `own_files` finds the others: it gets their sha256
 
-def lock(folder: Path, seconds: float = 5) -> None:
-    """Take a folder for this process, and for the workers that it starts, until `unlock` or its end.
-
-    seconds  to wait for another one: a worker outlives a notebook that was killed by a moment
-
-    Raises ArtifactError when another process has the folder, or when it may not be written.
+    No other file in `folder` is touched, but for those that an earlier index lists. Wherever this
+    is killed, `own_files` gives all old files or all new ones: until the index is replaced the old
+    ones are in place; after that the new ones count, in their places or still in .new.
     """
-    import fcntl
-
-    folder = folder.resolve()
-    if folder in _locks:  # a cell that is run again
-        return
+    folder = Path(folder)
+    new = folder / ".new"
     with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="ascii")
-    until = time.monotonic() + seconds
-    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _move_new_files(folder, index)
+        new.mkdir()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                file.seek(0)
-                raise ArtifactError(
-                    f"Another run works in {folder} (process {file.read() or 'unknown'}). Wait until it has "
-                    "ended, or end it: a notebook lets go when its kernel stops."
-                ) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            break
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
-    _locks[folder] = file
+            yield new
+            names = [p.relative_to(new).as_posix() for p in sorted(new.rglob("*")) if p.is_file()]
+            files = {name: sha256(new / name) for name in names if name != index}
+            sealed = read_json(new / index) | {"files": files}
+            write_text(new / index, json.dumps(sealed, ensure_ascii=False) + "\n")
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        os.replace(new / index, folder / index)
+        _move_new_files(folder, index)
+        for name in before.keys() - files.keys():
+            if (folder / name).is_file() and sha256(folder / name) == before[name]:
+                (folder / name).unlink()
 
 
-def unlock(folder: Path) -> None:
-    """Let go of a folder."""
-    if file := _locks.pop(folder.resolve(), None):
-        file.close()
+def _move_new_files(folder: Path, index: str) -> dict[str, str]:
+    """Move the files in .new that `index` lists to their places. Returns what it lists."""
+    new, listed = folder / ".new", {}
+    if (folder / index).is_file():
+        listed = read_json(folder / index).get("files", {})
+    for name, digest in listed.items():
+        if (new / name).is_file() and sha256(new / name) == digest:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, folder / name)
+    shutil.rmtree(new, ignore_errors=True)
+    return listed
+
+
+def own_files(folder: Path | str, index: str) -> tuple[dict, dict[str, Path]]:
+    """Return what `index` says, and name -> path of the files that it was written with.
+
+    An index that lists none is from before it did: all files in `folder`. Raises ArtifactError when
+    a file is missing or another's; only .md files may be edited.
+    """
+    folder = Path(folder)
+    for _attempt in range(3):  # another process may be moving them just now
+        says, files = read_json(folder / index), {}
+        if "files" not in says:
+            paths = (path for path in folder.rglob("*") if path.is_file())
+            return says, {path.relative_to(folder).as_posix(): path for path in paths}
+        for name, digest in says["files"].items():
+            places = [folder / name, folder / ".new" / name]
+            fitting = [path for path in places if path.is_file() and sha256(path) == digest]
+            if fitting or name.endswith(".md"):
+                files[name] = (fitting or places)[0]
+        missing = sorted(says["files"].keys() - files.keys())
+        if not missing:
+            return says, files
+    raise ArtifactError(
+        f"{folder / missing[0]} is missing or is not the one that {index} was written with. Train "
+        "or download it again."
+    )
+
+
+def _lock(folder: Path, seconds: float = 5):
+    """Take a folder for this process, until the returned lock's `release` or the process's end.
+
+    Raises ArtifactError when another process keeps it for `seconds`, or when it may not be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder.resolve().with_name(f".{folder.name}.lock")
+    # One object a path: a cell that is run again takes what its process has already.
+    lock = FileLock(path, thread_local=False, is_singleton=True)
+    try:
+        with _writing(folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ArtifactError(
+            f"Another run works in {folder}. Wait until it has ended, or end it: a notebook lets "
+            "go when its kernel stops."
+        ) from None
+    return lock
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -220,68 +264,150 @@ def read_table(path: Path | str, *columns: str):
 def sha256(what) -> str:
     """Return the sha256, as hex digits, of a file's bytes (a path) or of a value's canonical JSON."""
     if isinstance(what, Path):
-        with open(what, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_sha256(what)
     return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash a file. A large one is hashed once on a machine, as long as inode, size and times stay."""
+    stat = path.stat()
+    times = (stat.st_mtime_ns, stat.st_ctime_ns)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    note = Path(cache, "storyteller", sha256([stat.st_dev, stat.st_ino, stat.st_size, *times]))
+    large = stat.st_size >= 2**24  # less takes under 10 ms
+    if large and note.is_file():
+        return note.read_text()
+    digest = hashlib.sha256()
+    hidden = stat.st_size < 2**30
+    bar = progress(total=stat.st_size, desc=f"verifying {path.name}", unit="B", disable=hidden)
+    with bar, open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            bar.update(len(block))
+    # A file written just now could change again within the resolution of its times.
+    if large and time.time() - max(times) / 1e9 > 2:
+        with contextlib.suppress(OSError, ArtifactError):
+            write_text(note, digest.hexdigest())
+    return digest.hexdigest()
+
+
+class _Lines:
+    """Where a bar goes that nobody watches as it moves: each update is a line on stderr."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass  # every line was
+
+
+def progress(iterable=None, **options):
+    """Return a tqdm bar over `iterable`; away from a terminal, at most a line every half minute.
+
+    options  tqdm's: total, desc, unit, initial, disable ...
+    """
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        where = {"mininterval": 1}
+    else:
+        where = {"mininterval": 30, "file": _Lines(), "ncols": 100}
+    return tqdm(iterable, **{"unit_scale": options.get("unit") == "B", **where, **options})
+
+
+def read_status(out: Path) -> dict:
+    """Return what status.json says of a stage that is not finished; {} where there is none."""
+    path = out / "status.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def set_status(out: Path, **changes) -> None:
+    """Change entries of status.json, which a stage has from its start to its manifest.
+
+    began    when this run began, of all its attempts: older files are of a run that was finished
+    job      what `launch` hands to its workers
+    stopped  {} or why and where a worker stopped before its end: such a stage gets no manifest
+    """
+    write_json(out / "status.json", read_status(out) | changes)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a finished stage left: `artifact / name` is a file of it, `manifest` what manifest.json says."""
+    """What a finished stage left. `artifact / name` is a file or folder of it, verified as it is read."""
 
     stage: str
     folder: Path
     manifest: dict
 
+    @classmethod
+    def open(cls, stage: str, folder: Path | str) -> Artifact:
+        """Read a folder's manifest; ArtifactError unless it is whole and of `stage`."""
+        path, manifest = Path(folder) / "manifest.json", {}
+        with contextlib.suppress(ArtifactError):
+            manifest = read_json(path)
+        known = manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}
+        if not known or manifest.pop("seal", "") != sha256(manifest) or manifest["stage"] != stage:
+            raise ArtifactError(
+                f"{path} is not a manifest of {stage}, or has changed since it was written. "
+                f"Run {stage}.ipynb again."
+            )
+        return cls(stage, Path(folder), manifest)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
     def __truediv__(self, name: str) -> Path:
+        files = self.manifest["files"]
+        wanted = [file for file in files if file == name or file.startswith(f"{name}/")]
+        for file in wanted or [name]:
+            path, entry = self.folder / file, files.get(file, {})
+            whole = path.is_file() and path.stat().st_size == entry.get("bytes")
+            if not whole or sha256(path) != entry["sha256"]:
+                raise ArtifactError(
+                    f"{path} is missing or has changed since {self.stage} finished. "
+                    f"Run {self.stage}.ipynb again."
+                )
         return self.folder / name
 
 
 def find_artifact(stage: str) -> Artifact:
     """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
 
-    Raises ArtifactError when there is none, when there are several, or when a file differs from the manifest.
+    Raises ArtifactError when there is none or more than one, or when its manifest is broken.
     """
-    found = [OUTPUTS / stage] if (OUTPUTS / stage / "manifest.json").is_file() else []
     inputs = kaggle_input()
-    for folder, folders, files in os.walk(inputs) if inputs and not found else ():
-        if "manifest.json" in files:
-            found += [Path(folder)] if Path(folder).name == stage else []
-            folders.clear()
-    if not found:
-        left = [p for p in (OUTPUTS, inputs) if p and any(p.rglob(f"{stage}/unfinished.json"))]
+    folders = [OUTPUTS / stage] if (OUTPUTS / stage / "manifest.json").is_file() else []
+    if inputs and not folders:
+        folders = _attached(inputs, stage, "manifest.json")
+    if len(folders) > 1:
         raise ArtifactError(
-            f"{stage} stopped before it was finished (unfinished.json in {left[0]}). Run {stage}.ipynb again: it goes on "
-            "where it stopped."
-            if left
-            else f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\nRun {stage}.ipynb first; on Kaggle, "
-            "add its output as an input of this notebook."
+            f"{len(folders)} outputs of {stage} are attached; remove all but one from this "
+            "notebook's inputs:\n  " + "\n  ".join(map(str, sorted(folders)))
         )
-    if len(found) > 1:
+    if folders:
+        return Artifact.open(stage, folders[0])
+    stopped = [OUTPUTS / stage] if (OUTPUTS / stage / "status.json").is_file() else []
+    if stopped := stopped or (inputs and _attached(inputs, stage, "status.json")):
         raise ArtifactError(
-            f"{len(found)} outputs of {stage} are attached; remove all but one from this notebook's "
-            "inputs:\n  " + "\n  ".join(map(str, sorted(found)))
+            f"{stage} stopped before it was finished (status.json in {stopped[0]}). Run "
+            f"{stage}.ipynb again: it goes on where it stopped."
         )
-    manifest = {}
-    with contextlib.suppress(ArtifactError):
-        manifest = read_json(found[0] / "manifest.json")
-    known = manifest.keys() >= {"dataset", "facts", "files", "edition", "reads"}
-    if not known or manifest.pop("seal", "") != sha256(manifest) or manifest["stage"] != stage:
-        raise ArtifactError(
-            f"{found[0] / 'manifest.json'} is not a manifest of {stage}, or has changed since it was written. "
-            f"Run {stage}.ipynb again."
-        )
-    for name, entry in manifest["files"].items():
-        path = found[0] / name
-        if (
-            not path.is_file()
-            or path.stat().st_size != entry["bytes"]
-            or sha256(path) != entry["sha256"]
-        ):
-            raise ArtifactError(
-                f"{path} is missing or has changed since {stage} finished. Run {stage}.ipynb again."
-            )
-    return Artifact(stage, found[0], manifest)
+    raise ArtifactError(
+        f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\n"
+        f"Run {stage}.ipynb first; on Kaggle, add its output as an input of this notebook."
+    )
+
+
+def _attached(inputs: Path, stage: str, name: str) -> list[Path]:
+    """List the folders of a stage below Kaggle's inputs that hold a file of this name."""
+    found = []
+    for folder, folders, files in os.walk(inputs):
+        if Path(folder).name == stage and name in files:
+            found.append(Path(folder))
+        if "manifest.json" in files or "status.json" in files:
+            folders.clear()  # a stage's folder holds no other stage's
+    return found
 
 
 @dataclass
@@ -292,6 +418,9 @@ class Run:
     settings: object
     dataset: Dataset | None
     out: Path
+    lock: object
+    variables: dict  # the notebook's
+    given: dict  # its parameters as they were when it started
     reads: dict[str, Artifact] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.time)
 
@@ -304,36 +433,35 @@ class Run:
         theirs, ours = artifact.manifest["dataset"], self.identity()
         if theirs["fingerprint"] != ours["fingerprint"]:
             raise ArtifactError(
-                f"{artifact.folder} was made from the dataset {theirs['name']} ({theirs['photos']} photos), this run's is "
-                f"{ours['name']} ({ours['photos']} photos). Run {stage}.ipynb again, or set dataset_dir to the other one."
+                f"{artifact.folder} was made from the dataset {theirs['name']} ({theirs['photos']} "
+                f"photos), this run's is {ours['name']} ({ours['photos']} photos). Run "
+                f"{stage}.ipynb again, or set dataset_dir to the other one."
             )
         for a in self.reads.values():
             for b in self.reads.values():
                 if a.manifest["reads"].get(b.stage, b.manifest["edition"]) != b.manifest["edition"]:
                     raise ArtifactError(
-                        f"{a.folder} was built on another edition of {b.stage} than the one in {b.folder}. "
-                        f"Run {a.stage}.ipynb again."
+                        f"{a.folder} was built on another edition of {b.stage} than the one in "
+                        f"{b.folder}. Run {a.stage}.ipynb again."
                     )
         return artifact
 
     def identity(self) -> dict:
         """Return the identity of the dataset: this run's, or for 05 that of what it has read."""
-        return (
-            self.dataset.identity()
-            if self.dataset
-            else next(iter(self.reads.values())).manifest["dataset"]
-        )
+        if self.dataset:
+            return self.dataset.identity()
+        return next(iter(self.reads.values())).manifest["dataset"]
 
     def job(self) -> dict:
         """Describe this run to a worker process: JSON, no object of the notebook's."""
+        reads = self.reads.items()
         return {
             "settings": dataclasses.asdict(self.settings),
             "out": str(self.out),
             "dataset": self.dataset and str(self.dataset.folder),
-            "reads": {stage: str(artifact.folder) for stage, artifact in self.reads.items()},
-            "editions": {
-                stage: artifact.manifest["edition"] for stage, artifact in self.reads.items()
-            },
+            "began": read_status(self.out).get("began", 0),
+            "reads": {stage: str(artifact.folder) for stage, artifact in reads},
+            "editions": {stage: artifact.manifest["edition"] for stage, artifact in reads},
         }
 
     def finish(self, **facts) -> None:
@@ -341,25 +469,42 @@ class Run:
 
         facts  JSON values that the next stages, or a person, want to know
 
-        A line with seconds, peak memory and the facts stays in outputs/<stage>.txt. A stage that was stopped half-way
-        (unfinished.json) gets no manifest.
+        A stage whose worker stopped half-way gets no manifest. Raises ValueError when a parameter
+        of the notebook has another value than when it started.
         """
-        if (self.out / "unfinished.json").is_file():
+        for name, value in self.given.items():
+            if (now := self.variables.get(name, value)) != value:
+                raise ValueError(
+                    f"{name} is {now!r} now, but was {value!r} when {self.stage} started. Run the "
+                    "notebook again from its first cell, or set it back."
+                )
+        if read_status(self.out).get("stopped"):
             print(
-                f"{self.stage} is not finished: no later notebook will take it. Run it again: it goes on where it stopped."
+                f"{self.stage} is not finished: no later notebook will take it. Run it again: it "
+                "goes on where it stopped."
             )
-            return unlock(self.out)
-        names = sorted(
-            p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file()
-        )
+            return self.lock.release(force=True)
+        manifest = self._manifest(facts)
+        write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
+        (self.out / "status.json").unlink(missing_ok=True)
+        self.lock.release(force=True)
+        after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
+        names = sorted({name.split("/")[0] for name in manifest["files"]})
+        print(f"{self.out} now holds {', '.join(names)}.")
+        print(f"Next: {after}.ipynb." if after else "That was the last stage.")
+
+    def _manifest(self, facts: dict) -> dict:
+        paths = sorted(path for path in self.out.rglob("*") if path.is_file())
+        names = [path.relative_to(self.out).as_posix() for path in paths]
         files = {
             name: {"bytes": (self.out / name).stat().st_size, "sha256": sha256(self.out / name)}
             for name in names
-            if name != "manifest.json" and not re.search(r"(^|/)\.", name)
+            if name not in ("manifest.json", "status.json") and not re.search(r"(^|/)\.", name)
         }
         dataset, settings = self.identity(), dataclasses.asdict(self.settings)
         decided = {name: value for name, value in settings.items() if name not in LOCATIONS}
-        manifest = {
+        seconds = time.time() - self.started
+        return {
             "stage": self.stage,
             "dataset": dataset,
             "settings": settings,
@@ -367,7 +512,9 @@ class Run:
             "files": files,
             "edition": sha256([self.stage, dataset["fingerprint"], decided, files]),
             "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
-            "seconds": round(time.time() - self.started, 1),
+            "seconds": round(seconds, 1),
+            "finished": time.time(),
+            "memory": peak_memory(),
             "module": sha256(Path(__file__)),
             "versions": {
                 "python": sys.version.split()[0],
@@ -375,42 +522,32 @@ class Run:
                 "numpy": np.__version__,
             },
         }
-        write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
-        told = ", ".join(
-            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in facts.items()
-            if len(str(v)) < 40
-        )
-        write_text(
-            OUTPUTS / f"{self.stage}.txt",
-            f"{self.stage}: {time.time() - self.started:.0f} s, at most "
-            f"{peak_memory() / 2**30:.1f} GiB{told and ', ' + told}\n",
-        )
-        unlock(self.out)
-        after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
-        print(f"{self.out} now holds {', '.join(sorted({name.split('/')[0] for name in files}))}.")
-        print(f"Next: {after}.ipynb." if after else "That was the last stage.")
 
 
 def peak_memory() -> int:
-    """Return the most memory, in bytes, that this process or one that it waited for has held."""
+    """Return the most memory, in bytes, that this process or a child it waited for has held."""
     import resource
 
-    return (
-        max(
-            resource.getrusage(who).ru_maxrss
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        * 1024
-    )
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(who).ru_maxrss for who in both) * unit
 
 
-def _choose_settings(stage: str, parameters: dict):
-    """Pick a stage's settings out of a notebook's variables, by the names of their fields."""
+def memory_limit(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes of memory may be used: the machine's, or its container's where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int((cgroups / name).read_text()))
+    return min(limits)
+
+
+def _choose_settings(stage: str, variables: dict) -> dict:
+    """Pick a stage's parameters out of a notebook's variables, by the names of its settings."""
     names = [field.name for field in dataclasses.fields(SETTINGS[stage])]
-    if missing := [name for name in names if name not in parameters]:
+    if missing := [name for name in names if name not in variables]:
         raise ValueError(
-            f"{stage} lacks the parameter {', '.join(missing)}; they are in the notebook's second cell"
+            f"{stage} lacks the parameter {', '.join(missing)}; the notebook's second cell sets them"
         )
     # papermill only warns of a parameter that a notebook does not have; what it injected is in the
     # kernel's history.
@@ -418,34 +555,44 @@ def _choose_settings(stage: str, parameters: dict):
         given = re.findall(r"^(\w+) = ", cell, re.M) if cell.startswith("# Parameters\n") else []
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"{stage} has no parameter {unknown[0]}; it has {', '.join(names)}")
-    return SETTINGS[stage](**{name: parameters[name] for name in names})
+    return {name: variables[name] for name in names}
 
 
-def start(stage: str, parameters: dict) -> Run:
+def start(stage: str, variables: dict) -> Run:
     """Begin a stage: check its settings, find its dataset, mark it unfinished.
 
-    parameters  a notebook's `globals()`: the settings are picked by their names (section 2)
+    variables  a notebook's `globals()`: the settings are picked by their names (section 2)
     """
-    if Path.cwd().name == "notebooks" and Path("../storyteller_utils.py").is_file():
-        os.chdir("..")
-    checked = _choose_settings(stage, parameters)
-    dataset = find_dataset(checked.dataset_dir) if hasattr(checked, "dataset_dir") else None
-    if getattr(checked, "backbone", None) == "":
-        checked = dataclasses.replace(
-            checked, backbone="efficientnet_lite0" if dataset.is_sample else "resnet50"
-        )
+    home = Path(__file__).resolve().parent
+    # Where Jupyter, Colab and VS Code may have started this notebook.
+    if Path.cwd() in (home.parent, home / "notebooks") or "__vsc_ipynb_file__" in variables:
+        os.chdir(home)
+    given = _choose_settings(stage, variables)
+    settings = SETTINGS[stage](**given)
+    dataset = find_dataset(settings.dataset_dir) if hasattr(settings, "dataset_dir") else None
+    if getattr(settings, "backbone", None) == "":
+        backbone = "efficientnet_lite0" if dataset.is_sample else "resnet50"
+        settings = dataclasses.replace(settings, backbone=backbone)
     out = OUTPUTS / stage
-    lock(out)
+    lock = _lock(out)
     with _writing(out):
         out.mkdir(exist_ok=True)
-        (out / "manifest.json").unlink(missing_ok=True)
-        for left in [
-            *out.rglob(".*.tmp"),
-            *OUTPUTS.glob(f".{stage}.*.tmp"),
-        ]:  # by a run that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        _mark_unfinished(out)
+        for path in out.rglob(".*.tmp"):  # of a run that was killed
+            path.unlink(missing_ok=True)
     print(f"{stage}" + (f" on {dataset.describe()}" if dataset else ""))
-    return Run(stage, checked, dataset, out)
+    return Run(stage, settings, dataset, out, lock, variables, given)
+
+
+def _mark_unfinished(out: Path) -> None:
+    """Write status.json, then remove the manifest."""
+    manifest, status = out / "manifest.json", {"began": 0}
+    with contextlib.suppress(ArtifactError):  # a damaged one says no less than none
+        status |= read_status(out)
+    if manifest.is_file():
+        status = {"began": manifest.stat().st_mtime}
+    write_json(out / "status.json", status)
+    manifest.unlink(missing_ok=True)
 
 
 def launch(command: str, run: Run, processes: int = 0) -> None:
@@ -453,60 +600,97 @@ def launch(command: str, run: Run, processes: int = 0) -> None:
 
     processes  on this machine; 0: as many as there are GPUs, at least one
 
-    The setting `torchrun` hands it more options, as for several machines: the printed command is then run on the others with
-    their --node-rank, in a copy of the project's folder with its outputs/, made now: the job is described in there. The
-    notebook's own process never touches CUDA. A worker's failure is raised here under the same message.
+    The setting `torchrun` hands it more options, as for several machines: the printed command is
+    then run on the others with their --node-rank, in a copy of the project's folder with its
+    outputs/, made now: the job is in there. The notebook's own process never touches CUDA. A
+    worker's failure is raised here under the same message.
     """
-    job = run.out / ".job.json"
-    write_json(job, run.job())
-    processes = processes or max(1, torch.cuda.device_count())
-    options = shlex.split(getattr(run.settings, "torchrun", ""))
-    torchrun = []
-    if options or processes > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        if not any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
-            torchrun.append("--standalone")
-        torchrun += options
-    print("$ python", *map(shlex.quote, [*torchrun, Path(__file__).name, command, str(job)]))
-    # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy neighbour.
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # not beside the results, where the disk may be full
-        failure = Path(scratch) / "failure.json"
-        environment = {
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-            "STORYTELLER_FAILURE": str(failure),
-        }
-        worker = subprocess.Popen(
-            [sys.executable, *torchrun, str(Path(__file__).resolve()), command, str(job)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=[file.fileno() for file in _locks.values()],
-        )
-        tail = ""
-        try:
-            while chunk := os.read(worker.stdout.fileno(), 4096).decode(errors="replace"):
-                print(chunk, end="", file=sys.stderr, flush=True)
-                tail = (tail + chunk)[-2000:]
-        finally:
-            worker.terminate()  # where this notebook was stopped, its worker stops too
-            status = worker.wait()
-        told = read_json(failure) if failure.is_file() else {}
-    killed = (
-        status in (-9, 137) or "SIGKILL" in tail
-    )  # what the others say then is only that they lost one
-    if told and not killed:
-        raise {"ArtifactError": ArtifactError, "ValueError": ValueError}.get(
-            told["type"], RuntimeError
-        )(told["message"])
+    set_status(run.out, job=run.job())
+    words = _worker_command(command, run, processes)
+    print("$ python", *map(shlex.quote, words))
+    module = Path(__file__)
+    words[words.index(module.name)] = str(module.resolve())
+    status, output = _stream([sys.executable, *words])
     if status:
-        why = " (one was killed, often for want of memory)" if killed else ""
-        raise RuntimeError(
-            f"The {command} process ended with status {status}{why}. Run this notebook again: it goes on "
-            f"where it stopped.\n{tail}"
-        )
+        raise _failure(command, status, output) from None
+
+
+def _worker_command(command: str, run: Run, processes: int) -> list[str]:
+    words = [Path(__file__).name, command, str(run.out / "status.json")]
+    options = shlex.split(getattr(run.settings, "torchrun", ""))
+    processes = processes or max(1, torch.cuda.device_count())
+    if processes == 1 and not options:
+        return words
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if not any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
+        torchrun.append("--standalone")
+    return [*torchrun, *options, *words]
+
+
+def _stream(words: list[str]) -> tuple[int, str]:
+    """Run a worker and pass on what it says. Returns its status, and its output from its first error on, or the end."""
+    # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy
+    # neighbour.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment |= {"STORYTELLER_NOTEBOOK": str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    decoder, output = codecs.getincrementaldecoder("utf-8")("replace"), "\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(words, env=environment, **pipes) as worker:
+        try:
+            while block := os.read(worker.stdout.fileno(), 4096):
+                text = decoder.decode(block)
+                print(text, end="", file=sys.stderr, flush=True)
+                output += text
+                error = output.find("\nstoryteller: ")
+                output = output[-4000:] if error < 0 else output[error : error + 20_000]
+        except BaseException:
+            worker.terminate()  # where this notebook is stopped, its worker stops too
+            raise
+    return worker.returncode, output
+
+
+def _failure(command: str, status: int, output: str) -> Exception:
+    """Return the error that ended a worker, as it would be raised here."""
+    # After one was killed, what the others say is only that they lost it.
+    killed = status in (-9, 137) or "SIGKILL" in output
+    said = re.match(r"\nstoryteller: (\w+): (.*(?:\n  .*)*)", output)
+    if said and not killed:
+        known = {"ArtifactError": ArtifactError, "ValueError": ValueError}
+        return known.get(said[1], RuntimeError)(said[2].replace("\n  ", "\n"))
+    why = " (one was killed, often for want of memory)" if killed else ""
+    return RuntimeError(
+        f"The {command} process ended with status {status}{why}. Run this notebook again: it goes "
+        f"on where it stopped.\n{output[-2000:]}"
+    )
+
+
+def _work(worker, status: str) -> None:
+    """Run a worker of `launch` by the job in a status.json; its error is printed, and ends the process."""
+    import signal
+    import threading
+
+    def follow_notebook():
+        os.read(0, 1)  # nothing comes on this pipe but its end
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "STORYTELLER_NOTEBOOK" in os.environ:
+        threading.Thread(target=follow_notebook, daemon=True).start()
+    try:
+        job = read_json(status)["job"]
+        out = Path(job["out"])
+        # The worker of a notebook that was killed lives a moment longer than it.
+        first = os.environ.get("RANK", "0") == "0"
+        with _lock(out.with_name(f"{out.name}.worker"), 60) if first else contextlib.nullcontext():
+            worker(job)
+    except Exception as error:
+        known = isinstance(error, (ArtifactError, ValueError))
+        text = str(error) if known else traceback.format_exc()
+        said = f"storyteller: {type(error).__name__}: {text}".replace("\n", "\n  ")
+        sys.stderr.write(f"\n{said}\n")
+        raise SystemExit(1) from None
+    finally:
+        if "WORLD_SIZE" in os.environ:
+            torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -805,14 +989,11 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
     if inputs is None:
         folder = OUTPUTS / "sample_dataset"
         if not folder.is_dir():
-            lock(folder, seconds=300)  # another stage may be drawing it
-            try:
+            with _lock(folder, seconds=300):  # another stage may be drawing it
                 for left in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
                     shutil.rmtree(left)
                 if not folder.is_dir():
                     _draw_sample(folder)
-            finally:
-                unlock(folder)
         return dataclasses.replace(_open_dataset(folder), is_sample=True)
     found = []
     for folder, folders, files in os.walk(inputs):
@@ -1260,9 +1441,8 @@ class CaptionData:
     references: dict[str, list[list[list[str]]]]
 
     @classmethod
-    def load(cls, extracted: Path | str, prepared: Path | str) -> CaptionData:
-        """Join the folders of 01 and 02. Raises ArtifactError when they cover different photos."""
-        extracted, prepared = Path(extracted), Path(prepared)
+    def load(cls, extracted: Artifact | Path, prepared: Artifact | Path) -> CaptionData:
+        """Join what 01 and 02 left. Raises ArtifactError when they cover different photos."""
         row_of = {
             name: row
             for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])
@@ -1577,15 +1757,11 @@ def save_weights(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, whole or not at all; tensors that share memory are written each."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    with replacing(path) as temporary:
-        save_file(
-            {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata,
-        )
-        temporary.chmod(0o644)  # as other files are, not for this user alone
+    data = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
+    with replacing(path) as temporary:  # by a file of ours, for its plain OSErrors
+        temporary.write_bytes(data)
 
 
 class _Bottleneck(nn.Module):
@@ -2646,7 +2822,8 @@ class Trainer:
         )
         # What last.pt holds besides weights: epochs done, phase (1: self-critical), and what BEGINNING has of this epoch.
         self.at = dict(BEGINNING, epoch=0, phase=0)
-        self.editions, self.saved, self.stop = job["editions"], time.monotonic(), ""
+        self.saved, self.stop = time.monotonic(), ""
+        self.began = job.get("began", 0)
         hours = self.settings.max_hours
         if hours is None:
             hours = KAGGLE_HOURS if kaggle_input() else math.inf
@@ -2927,28 +3104,25 @@ class Trainer:
     def run(self) -> None:
         """Train all epochs, from last.pt where there is one, and write the best captioner into model/.
 
-        What is told to stop before (`stop`, or `max_hours`) leaves unfinished.json beside last.pt.
+        What is told to stop before (`stop`, or `max_hours`) says so in status.json.
         """
         self.resume()
         wait_for_all()
         if self.rank == 0:
             shutil.rmtree(self.out / "model", ignore_errors=True)
-            (self.out / "unfinished.json").unlink(missing_ok=True)
+            set_status(self.out, stopped={})
             print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
         while (more := self.wanted()) and self.train_epoch():
             self.finish_epoch()
         if self.rank == 0:
             if more:
-                write_json(
-                    self.out / "unfinished.json",
-                    {
-                        "epoch": self.at["epoch"],
-                        "step": self.at["step"],
-                        "epochs": self.recipe["epochs"] + self.recipe["self_critical"],
-                        "reason": self.stop,
-                        "editions": self.editions,
-                    },
-                )
+                stopped = {
+                    "epoch": self.at["epoch"],
+                    "step": self.at["step"],
+                    "epochs": self.recipe["epochs"] + self.recipe["self_critical"],
+                    "reason": self.stop,
+                }
+                set_status(self.out, stopped=stopped)
             if self.history:
                 self.write()
         wait_for_all()
@@ -3054,7 +3228,8 @@ class Trainer:
         folder's last.pt if a run left it unfinished, then `resume_from`, else, on Kaggle, that of one that is attached.
         """
         asked, inputs, own = self.settings.resume_from, kaggle_input(), self.out / "last.pt"
-        unfinished = (self.out / "unfinished.json").is_file() or not (self.out / "model").is_dir()
+        # What is older than this run is that of one that was finished.
+        unfinished = own.is_file() and own.stat().st_mtime > self.began
         found = []
         if asked:
             path = Path(asked)
@@ -3069,7 +3244,7 @@ class Trainer:
                 )
         elif inputs and not own.is_file():
             found = [
-                p.with_name("last.pt") for p in inputs.rglob(f"{self.out.name}/unfinished.json")
+                folder / "last.pt" for folder in _attached(inputs, self.out.name, "status.json")
             ]
             if len(found) > 1:
                 raise ArtifactError(
@@ -3077,9 +3252,7 @@ class Trainer:
                     "notebook's inputs:\n  "
                     + "\n  ".join(sorted(str(path.parent) for path in found))
                 )
-        return [(own, False)] * (own.is_file() and unfinished) + [
-            (path, bool(asked)) for path in found
-        ]
+        return [(own, False)] * unfinished + [(path, bool(asked)) for path in found]
 
     def resume(self) -> None:
         """Go on from the first of `checkpoints()` that fits; every process from the same place."""
@@ -3167,13 +3340,19 @@ def train(run: Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
 
     Returns the history as a pandas DataFrame; `run.out` holds model/, last.pt, history.csv and told.csv. When `max_hours`
-    is over, that is what there is so far, and unfinished.json; ArtifactError when not even one epoch was finished.
+    is over, that is what there is so far, and no manifest will be; ArtifactError when not even one epoch was finished.
     """
     import pandas as pd
 
+    extracted, prepared = (run.reads[stage] for stage in STAGES["03_train_dual_t4"])
+    # Verified here, once, and not by each process of its workers.
+    for name in ("images.csv", "skipped.csv", "features.npy", "features_flip.npy"):
+        if name in extracted:
+            extracted / name
+    for name in ("captions.csv", "vocab.json"):
+        prepared / name
     launch("train", run)
-    if (run.out / "unfinished.json").is_file():
-        left = read_json(run.out / "unfinished.json")
+    if left := read_status(run.out).get("stopped"):
         told = (
             f"Training stopped after {left['epoch']} of {left['epochs']} epochs and {left['step']} steps: {left['reason']}. "
             "Run this notebook again, with the same settings: it goes on there. On Kaggle, first add the output of this "
@@ -4293,31 +4472,6 @@ def markdown_table(table) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # As a program
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _work(worker, job: str) -> None:
-    """Run a worker of `launch`; what it raises is left in a file, from where the notebook raises it again."""
-    try:
-        worker(read_json(job))
-    except Exception as error:
-        path = os.environ.get("STORYTELLER_FAILURE")
-        if (
-            path and not Path(path).exists()
-        ):  # the first failure: others only say that they lost a process
-            known = isinstance(error, (ArtifactError, ValueError)) or str(error).startswith(
-                "Out of memory"
-            )
-            write_json(
-                path,
-                {
-                    "type": type(error).__name__,
-                    "message": str(error) if known else traceback.format_exc(),
-                },
-            )
-        raise SystemExit(1) from None
-    finally:
-        if "WORLD_SIZE" in os.environ:
-            torch.distributed.destroy_process_group()
 
 
 def _tell(arguments) -> None:

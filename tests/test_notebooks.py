@@ -58,6 +58,17 @@ def test_the_parameters_are_the_settings_with_their_defaults_and_their_help(stag
     assert [(p["name"], p["help"]) for p in shown.values()] == [(m[1], m[4]) for m in parsed]
 
 
+def test_no_cell_gives_a_parameters_name_to_something_else(stage, cells):
+    # `finish` takes what a parameter's name stands for as what the stage was run with.
+    given = {field.name for field in dataclasses.fields(st.SETTINGS[stage])}
+    for cell in code(cells)[1:]:
+        tree = ast.parse(cell.source)
+        inner = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        hidden = {id(n) for c in ast.walk(tree) if isinstance(c, inner) for n in ast.walk(c)}
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in hidden]
+        assert not given & {n.id for n in names if isinstance(n.ctx, ast.Store)}, cell.source
+
+
 def test_a_notebook_starts_its_own_stage_with_its_own_parameters(stage, cells):
     assert f'st.start("{stage}", globals())' in code(cells)[1].source
 

@@ -949,7 +949,7 @@ def test_a_photo_size_that_a_backbone_does_not_take_is_named(here, drawn, tmp_pa
 
 def test_a_killed_process_loses_nothing_but_its_last_batch(here, drawn, undisturbed):
     run = begun(drawn, batch_size=1)
-    (here / "job.json").write_text(json.dumps(run.job()))
+    (here / "job.json").write_text(json.dumps({"job": run.job()}))
     worker = subprocess.Popen(
         [sys.executable, st.__file__, "extract", "job.json"], stderr=subprocess.DEVNULL
     )

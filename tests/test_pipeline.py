@@ -124,7 +124,7 @@ def test_unseen_scenes_are_captioned_well(inside):
 
 def test_captions_collapse_when_the_features_are_shuffled_among_the_photos(inside):
     data = st.CaptionData.load(
-        st.find_artifact("01_extract_features").folder, st.find_artifact("02_vocab").folder
+        st.find_artifact("01_extract_features"), st.find_artifact("02_vocab")
     )
     rows, references = data.of("test")
     teller = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")

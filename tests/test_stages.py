@@ -41,7 +41,7 @@ def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **set
 def test_a_stage_is_finished_by_its_manifest_alone(here, data):
     run = begin_stage(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
-    with pytest.raises(st.ArtifactError, match=f"No finished {VOCAB}(?s:.*)Run {VOCAB}.ipynb"):
+    with pytest.raises(st.ArtifactError, match=rf"{VOCAB} stopped before.*Run {VOCAB}\.ipynb"):
         st.find_artifact(VOCAB)
     run.finish(rows=3)
     artifact = st.find_artifact(VOCAB)
@@ -63,7 +63,7 @@ def test_the_manifest_is_written_last_and_whole(here, data, monkeypatch):
         broken.setattr(os, "rename", refuse)
         with pytest.raises(OSError, match="disk full"):
             run.finish()
-    assert [path.name for path in run.out.iterdir()] == ["table.csv"]
+    assert sorted(path.name for path in run.out.iterdir()) == ["status.json", "table.csv"]
 
 
 def test_the_manifest_lists_every_file_with_its_size_and_sha256(here, data):
@@ -124,7 +124,7 @@ def test_restarting_a_stage_makes_it_unfinished(here, data):
     finished(VOCAB, data)
     st.find_artifact(VOCAB)
     begin_stage(VOCAB, dataset_dir=data)
-    with pytest.raises(st.ArtifactError, match=f"No finished {VOCAB}"):
+    with pytest.raises(st.ArtifactError, match=f"{VOCAB} stopped before it was finished"):
         st.find_artifact(VOCAB)
 
 
@@ -214,8 +214,12 @@ def test_a_damaged_file_is_refused_by_name_with_the_stage_to_run(here, data, dam
     finished(VOCAB, data)
     run = begin_stage(TRAIN, dataset_dir=data)
     damage(here / "outputs" / VOCAB / name)
+    artifact = run.read(VOCAB)
     with pytest.raises(st.ArtifactError, match=rf"{VOCAB}/{name} .*Run {VOCAB}\.ipynb again"):
-        run.read(VOCAB)
+        artifact / name
+    with pytest.raises(st.ArtifactError, match=name):
+        artifact / name.split("/")[0]
+    assert (artifact / next(iter({"table.csv", "model/words.json"} - {name}))).is_file()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "01_extract_features"}'])
@@ -273,12 +277,17 @@ def test_this_sessions_own_output_goes_before_an_attached_one(here, data, monkey
 # start
 
 
-def test_inside_notebooks_a_stage_works_in_the_parent(here, data, monkeypatch):
-    (here / "notebooks").mkdir()
-    (here / "storyteller_utils.py").touch()
-    monkeypatch.chdir(here / "notebooks")
-    begin_stage(VOCAB, dataset_dir="data")
-    assert Path.cwd() == here and (here / "outputs" / VOCAB).is_dir()
+@pytest.mark.parametrize("beside", ["work/notebooks", "", "elsewhere"])
+def test_outputs_are_the_projects_wherever_the_notebook_was_started(
+    tmp_path, data, monkeypatch, beside
+):
+    project = tmp_path / "work"
+    monkeypatch.setattr(st, "__file__", str(project / "storyteller_utils.py"))
+    (tmp_path / beside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / beside)
+    code = {"__vsc_ipynb_file__": "02_vocab.ipynb"} if beside == "elsewhere" else {}
+    st.start(VOCAB, parameters(VOCAB, dataset_dir="data") | code)
+    assert Path.cwd() == project and (project / "outputs" / VOCAB).is_dir()
 
 
 def test_a_folder_called_notebooks_of_another_project_is_left_alone(here, data, monkeypatch):
@@ -397,7 +406,7 @@ def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
     with pytest.raises(st.ArtifactError, match="gone.safetensors holds no weights") as error:
         st.launch("extract", run)
     assert "Traceback" not in str(error.value)
-    assert [path.name for path in run.out.iterdir()] == [".job.json"], "the failure was left behind"
+    assert [path.name for path in run.out.iterdir()] == ["status.json"]
 
 
 def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):

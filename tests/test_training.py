@@ -156,9 +156,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
     expected = last(whole)["model"]
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
-    st.write_json(run.out / "job.json", run.job())
+    st.set_status(run.out, job=run.job())
     worker = subprocess.Popen(
-        [sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL
+        [sys.executable, st.__file__, "train", str(run.out / "status.json")],
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while not (run.out / "last.pt").is_file() and time.monotonic() < deadline:
@@ -428,25 +429,23 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     expected, history = last(whole)["model"], without_clock(last(whole)["history"])
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
-    st.write_json(run.out / "job.json", run.job())
+    st.set_status(run.out, job=run.job())
     worker = subprocess.Popen(
-        [sys.executable, st.__file__, "train", str(run.out / "job.json")], stderr=subprocess.DEVNULL
+        [sys.executable, st.__file__, "train", str(run.out / "status.json")],
+        stderr=subprocess.DEVNULL,
     )
     wait_for((run.out / "last.pt").is_file, "no first epoch")
     worker.send_signal(signal.Signals[asking])
     assert worker.wait() == 0
-    left = st.read_json(run.out / "unfinished.json")
+    left = st.read_status(run.out)["stopped"]
     at = last(run)["at"]
     assert (left["epoch"], left["step"]) == (at["epoch"], at["step"]) and asking in left["reason"]
-    assert 1 <= left["epoch"] < 6 and left["editions"] == run.job()["editions"]
+    assert 1 <= left["epoch"] < 6
     assert (run.out / "model/config.json").is_file(), "the best captioner so far"
     run = begin(epochs=6)
     st.train(run)
     assert_same(last(run)["model"], expected)
-    assert (
-        without_clock(last(run)["history"]) == history
-        and not (run.out / "unfinished.json").exists()
-    )
+    assert without_clock(last(run)["history"]) == history and not st.read_status(run.out)["stopped"]
 
 
 def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
@@ -532,14 +531,14 @@ def test_a_stop_after_the_last_step_is_none(monkeypatch):
         trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate()
     )
     trainer.run()
-    assert (run.out / "model").is_dir() and not (run.out / "unfinished.json").exists()
+    assert (run.out / "model").is_dir() and not st.read_status(run.out)["stopped"]
 
 
 def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
     for name in ("one", "two"):
         place = tmp_path / "input" / name / "03_train_dual_t4"
         place.mkdir(parents=True)
-        (place / "unfinished.json").write_text("{}")
+        (place / "status.json").write_text("{}")
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
     with pytest.raises(st.ArtifactError, match="(?s)2 unfinished runs.*one/03_train.*two/03_train"):
         st.Trainer(begin().job()).resume()
@@ -553,17 +552,6 @@ def test_processes_at_different_places_are_an_error(monkeypatch):
         match=r"different checkpoints.*\[\[0, 0, 0\], \[1, 1, 1\]\].*Copy outputs/",
     ):
         trainer.resume()
-
-
-def test_the_first_failure_is_the_one_that_is_told(monkeypatch, tmp_path):
-    monkeypatch.setenv("STORYTELLER_FAILURE", str(tmp_path / "failure.json"))
-    st.write_json(tmp_path / "job.json", {})
-    for message in ("Out of memory: try accumulate=2", "lost connection to a peer"):
-        with pytest.raises(SystemExit):
-            st._work(
-                lambda job: (_ for _ in ()).throw(RuntimeError(message)), tmp_path / "job.json"
-            )
-    assert st.read_json(tmp_path / "failure.json")["message"] == "Out of memory: try accumulate=2"
 
 
 def test_the_loss_does_not_choose_among_self_critical_epochs():
@@ -629,7 +617,7 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     thread = threading.Thread(target=st.launch, args=("train", run, 1))
     thread.start()
-    wait_for((run.out / ".job.json").is_file, "no job")
+    wait_for(lambda: "job" in st.read_status(run.out), "no job")
     other = tmp_path / "other machine"  # the project as it was copied there
     st.shutil.copytree(".", other)
     printed = wait_for(
@@ -645,7 +633,7 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     for name, tensor in last(run)["model"].items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
     assert (run.out / "model/config.json").is_file()
-    assert {p.name for p in (other / run.out).iterdir()} == {".job.json"}, (
+    assert {p.name for p in (other / run.out).iterdir()} == {"status.json"}, (
         "only the first machine writes"
     )
 
