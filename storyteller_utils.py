@@ -3749,6 +3749,8 @@ class Caption:
                   samples, as drawn
     attention     (T, 7, 7), each word's attention weights, summing to 1; None for decoders that see
                   no grid
+    confidence    the CIDEr-D to expect, as a share of what people reach, 0 to 1; None if the
+                  captioner was not calibrated
     """
 
     text: str
@@ -3756,6 +3758,7 @@ class Caption:
     words: list[str]
     alternatives: list[tuple[str, float]]
     attention: np.ndarray | None = None
+    confidence: float | None = None
 
 
 class Storyteller:
@@ -3771,6 +3774,7 @@ class Storyteller:
         self.vocab = vocab
         self.folder = folder  # which may hold backbone.safetensors
         self.captioner = captioner.eval().requires_grad_(False)
+        self.known: Tensor | None = None  # (64, D) directions in which the training photos vary
         self._backbone: Backbone | None = None
 
     @property
@@ -3795,15 +3799,20 @@ class Storyteller:
             folder = _download_model(str(folder_or_hub_id))
         config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
         weights, _ = load_weights(folder / "model.safetensors")
+        known = weights.pop("known", None)
         try:
             captioner = _build_captioner(config, vocab, rename_weights(weights))
+            storyteller = cls(config, vocab, captioner.to(device), folder)
+            if known is not None:
+                storyteller.known = known.to(device, torch.float32)
+                storyteller.confidence([0.0], captioner.mean[None])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise ArtifactError(
                 f"{folder} holds no captioner that fits together: {why}. Train or download it "
                 "again."
             ) from None
-        return cls(config, vocab, captioner.to(device), folder)
+        return storyteller
 
     def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:
         """Write a captioner's files into `folder`, and touch nothing else there.
@@ -3812,11 +3821,13 @@ class Storyteller:
         package brings the backbone's weights, backbone.safetensors.
         """
         folder = Path(folder)
-        weights = {
-            name: tensor.detach().to("cpu", torch.float16)
-            for name, tensor in self.captioner.state_dict().items()
+        weights = dict(self.captioner.state_dict())
+        if self.known is not None:
+            weights["known"] = self.known
+        halves = {
+            name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()
         }
-        save_weights(folder / "model.safetensors", weights)
+        save_weights(folder / "model.safetensors", halves)
         if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
             self.backbone.save(folder / "backbone.safetensors")
         self.vocab.save(folder / "vocab.json")
@@ -3898,14 +3909,54 @@ class Storyteller:
         weights: Sequence = [None] * len(found)
         if attention:
             weights = self._attention(features, [hypotheses[0].ids for hypotheses in found])
-        return [self._caption(*pair) for pair in zip(found, weights, strict=True)]
+        confidence = self.confidence([h[0].score for h in found], features.mean(1))
+        return [self._caption(*one) for one in zip(found, weights, confidence, strict=True)]
 
-    def _caption(self, hypotheses: list[Hypothesis], attention: np.ndarray | None) -> Caption:
+    def _caption(
+        self, hypotheses: list[Hypothesis], attention: np.ndarray | None, confidence: float | None
+    ) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
         if attention is not None:
             attention = attention[: len(words[0])]
-        return Caption(*alternatives[0], words[0], alternatives, attention)
+        return Caption(*alternatives[0], words[0], alternatives, attention, confidence)
+
+    def _novelty(self, vectors: Tensor) -> np.ndarray:
+        """Return the share of photos' mean features (B, D) in which no training photos vary."""
+        vectors = self.captioner.standardise(vectors)  # (B, D)
+        inside = vectors @ self.known.T  # (B, 64)
+        return 1 - (inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)).cpu().numpy()
+
+    def confidence(self, scores: Sequence[float], vectors: Tensor) -> list:
+        """Return how sure captions with these scores are, of photos with mean features (B, D)."""
+        if self.known is None:
+            return [None] * len(scores)
+        fit = self.config["calibration"]
+        familiar = np.interp(self._novelty(vectors), fit["novelty"], [1, 0])  # (B,)
+        return (familiar * np.interp(scores, fit["scores"], fit["shares"])).tolist()
+
+    def calibrate(
+        self, scores: np.ndarray, shares: np.ndarray, vectors: Tensor, train: Tensor
+    ) -> None:
+        """Fit what a caption's score says about its quality, and which photos are familiar.
+
+        scores, shares  (N,) of captions of N photos: their CIDEr-D as shares of what people reach
+        vectors, train  (N, D), (M, D) mean features of these photos, and of the training photos
+
+        The mean shares of ten bins of the scores are made monotone. A photo unlike the training
+        photos can have a good score too: confidence falls to nothing from the 98th percentile of
+        novelty to its maximum.
+        """
+        from sklearn.isotonic import IsotonicRegression
+
+        train = self.captioner.standardise(train)  # (M, D)
+        # PCA, as their mean is 0: the last eigenvectors are the directions of most variance.
+        self.known = torch.linalg.eigh(train.T @ train).eigenvectors[:, -64:].T.half().float()
+        bins = np.array_split(np.argsort(scores), min(10, len(scores)))
+        x, y = ([round(float(values[b].mean()), 4) for b in bins] for values in (scores, shares))
+        y = IsotonicRegression(y_min=0, y_max=1).fit_transform(x, y).tolist()
+        novelty = np.quantile(self._novelty(vectors), [0.98, 1]).tolist()
+        self.config["calibration"] = {"scores": x, "shares": y, "novelty": novelty}
 
     @torch.inference_mode()
     def _attention(self, features: Tensor, captions: list[list[int]]) -> Sequence:

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 import storyteller_utils as st
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.fast
 
@@ -507,6 +510,61 @@ def test_captions_may_be_shorter_or_longer_than_usual(method, length):
 def test_a_wrong_option_is_named(storyteller, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         storyteller.caption(some_images(), **options)
+
+
+def calibrated(storyteller):
+    """Scores say half of a caption's quality; the training photos vary in the first 64 features."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(300, 1280, generator=generator) * 0.01
+    train[:, :64] += torch.randn(300, 64, generator=generator)
+    train = train * storyteller.captioner.deviation + storyteller.captioner.mean
+    scores = torch.randn(200, generator=generator).numpy()
+    shares = 0.5 + 0.2 * scores + 0.2 * torch.randn(200, generator=generator).numpy()
+    fitted = st.Storyteller(storyteller.config, storyteller.vocab, storyteller.captioner)
+    fitted.calibrate(scores, shares, train[:200], train)
+    return fitted, scores, shares, train
+
+
+def test_confidence_is_the_share_that_such_scores_reached(storyteller):
+    from sklearn.isotonic import IsotonicRegression
+
+    fitted, scores, shares, train = calibrated(storyteller)
+    expected = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, shares)
+    wanted = np.linspace(-1.2, 1.2, 30)
+    confidence = fitted.confidence(wanted, train[:1].expand(30, -1))
+    assert np.abs(confidence - expected.predict(wanted)).mean() < 0.05
+    assert all(0 <= one <= 1 for one in confidence) and confidence == sorted(confidence)
+
+
+def test_a_photo_unlike_the_training_photos_is_a_guess_whatever_its_score(storyteller):
+    fitted, _, _, train = calibrated(storyteller)
+    strange = train[:1].clone()
+    strange[:, 700:900] += 5 * storyteller.captioner.deviation[700:900]
+    (familiar,), (other,) = (fitted.confidence([1.0], photo) for photo in (train[:1], strange))
+    assert familiar > 0.6 and other == 0
+
+
+def test_a_captioner_keeps_its_calibration_on_disk(storyteller, tmp_path):
+    fitted, _, _, train = calibrated(storyteller)
+    fitted.save_pretrained(tmp_path / "model")
+    again = st.Storyteller.from_pretrained(tmp_path / "model")
+    ours, theirs = (
+        teller.caption_features(train[:5, None], no_repeat=0) for teller in (fitted, again)
+    )
+    assert [one.confidence for one in ours] == pytest.approx([one.confidence for one in theirs])
+    assert all(one.confidence is not None for one in ours)
+
+
+def test_a_captioner_that_was_not_calibrated_has_no_confidence(storyteller):
+    assert storyteller.caption_features(torch.rand(1, 1, 1280))[0].confidence is None
+
+
+def test_the_shipped_captioner_knows_what_it_never_saw():
+    shipped = st.Storyteller.from_pretrained(ROOT / "space/model")
+    photos = [
+        ROOT / f"space/examples/{name}.jpg" for name in ("cat", "coffee", "rocket", "astronaut")
+    ]
+    assert all(caption.confidence < 0.3 for caption in shipped.caption(photos))
 
 
 def test_saving_a_captioner_touches_no_other_file(storyteller, tmp_path):
