@@ -7,7 +7,6 @@ V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 import copy
@@ -3586,9 +3585,11 @@ def beam_search(
         ending, scores, parent, words = _extend(
             logits, beams.scores - normaliser, missing, constraints.must, width
         )
-        # A caption ends if that is among the best continuations, once it may or nothing can follow.
-        stuck = (scores == -torch.inf).all(1, keepdim=True)  # (P, 1)
-        may_end = stuck | (~missing.any(-1) & (length > decoding.min_length))  # (P, K)
+        # Where nothing can follow and nothing has ended, those with the fewest missing words end.
+        count = missing.sum(-1).masked_fill(beams.scores == -torch.inf, len(constraints.must))
+        stuck = torch.cat([scores, beams.ended_scores], 1).amax(1, keepdim=True) == -torch.inf
+        may_end = (count == 0) & (length > decoding.min_length)  # (P, K)
+        may_end |= stuck & (count == count.amin(1, keepdim=True))
         ending = ending.where(may_end, -torch.inf)
         kept = scores.shape[1] // (len(constraints.must) + 1)
         worst_kept = torch.cat([scores[:, :kept], ending], 1).topk(kept).values[:, -1:]
@@ -4525,56 +4526,21 @@ def markdown_table(table) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _tell(arguments) -> None:
-    paths = [
-        p
-        for given in map(Path, arguments.photos)
-        for p in (
-            sorted(p for p in given.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
-            if given.is_dir()
-            else [given]
-        )
-    ]
-    if not paths:
-        raise ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
-    storyteller = Storyteller.from_pretrained(arguments.model, default_device())
-    rows, failed = [], 0
-    for path in paths:
-        (told,) = storyteller.caption_each([path], beam_width=arguments.beam_width)
-        if isinstance(told, str):
-            failed += 1
-            print(f"{path}: {told}", file=sys.stderr)
-            continue
-        rows.append((str(path), told.text))
-        print(told.text if len(paths) == 1 else f"{path}: {told.text}", flush=True)
-    if arguments.csv:
-        write_csv(arguments.csv, ["image", "caption"], rows)
-    if failed:
-        raise ArtifactError(f"{failed} of {len(paths)} photos could not be read.")
-
-
 def main() -> None:
-    """Run a command: `caption` for people, `extract` and `train` for `launch`."""
-    parser = argparse.ArgumentParser(description="Neural Storyteller")
-    commands = parser.add_subparsers(dest="command", required=True)
-    tell = commands.add_parser("caption", help="caption photos")
-    tell.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER")
-    tell.add_argument(
-        "--model", default=str(default_model()), help="folder or Hub id (default: %(default)s)"
-    )
-    tell.add_argument("--beam-width", type=int, default=5)
-    tell.add_argument("--csv", metavar="FILE", help="also write image,caption rows to FILE")
-    for name in ("extract", "train"):
-        commands.add_parser(name, help=f"what the {name} notebook starts").add_argument("job")
-    arguments = parser.parse_args()
-    if arguments.command != "caption":
-        return _work(
-            {"extract": extract_worker, "train": train_worker}[arguments.command], arguments.job
-        )
-    try:
-        _tell(arguments)
-    except (ArtifactError, ValueError) as error:
-        sys.exit(f"storyteller: {error}")
+    """Run a command: `caption` for people (space/caption.py), `extract` and `train` for `launch`."""
+    command, *arguments = sys.argv[1:] or [""]
+    if command in ("extract", "train") and arguments:
+        return _work({"extract": extract_worker, "train": train_worker}[command], arguments[0])
+    if command != "caption":
+        sys.exit("usage: python storyteller_utils.py caption PHOTO ... (--help says more)")
+    folder = Path(__file__).resolve().parent / "space"
+    if not (folder / "caption.py").is_file():
+        sys.exit(f"storyteller: {folder} has no caption.py. Run this in a clone of the project.")
+    sys.modules["storyteller_utils"] = sys.modules[__name__]  # one module, under both its names
+    sys.path.insert(0, str(folder))
+    import caption
+
+    caption.main(arguments)
 
 
 if __name__ == "__main__":

@@ -292,6 +292,14 @@ def test_a_wide_beam_returns_the_best_of_all_captions_that_fit():
         assert hypotheses[0].ids == ids and hypotheses[0].score == pytest.approx(score, abs=1e-5)
 
 
+def test_a_caption_has_its_words_even_where_all_captions_are_cut_off_by_their_length():
+    chain, vocab = Chain(vocabulary=12, photos=10, end=-1e4), number_vocab(12, width=6)
+    options = {"must": ["w000007", "w000009"], "max_chars": 40}
+    for hypotheses in search(chain, 10, vocab, **options):
+        assert hypotheses and all({7, 9} <= set(h.ids) for h in hypotheses)
+        assert all(h.ids[-1] == st.END for h in hypotheses)
+
+
 def test_what_already_fits_is_what_an_unlimited_search_returns():
     chain, vocab = Chain(vocabulary=30, photos=20, end=3.0), number_vocab(30)
     free = search(chain, 20, vocab, max_length=20)
@@ -719,27 +727,3 @@ def test_the_weights_of_another_backbone_are_refused(saved):
     (saved / "config.json").write_text(json.dumps(config | {"backbone_sha256": "0" * 64}))
     with pytest.raises(st.ArtifactError, match="not those that this captioner was trained with"):
         st.Storyteller.from_pretrained(saved).caption(some_images())
-
-
-def test_the_terminal_captions_photos_and_names_those_it_cannot_read(
-    saved, tmp_path, capsys, monkeypatch
-):
-    some_images()[0].save(tmp_path / "good.png")
-    (tmp_path / "bad.jpg").write_bytes(b"")
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "st",
-            "caption",
-            str(tmp_path),
-            "--model",
-            str(saved),
-            "--csv",
-            str(tmp_path / "captions.csv"),
-        ],
-    )
-    with pytest.raises(SystemExit, match="1 of 2 photos"):
-        st.main()
-    out, err = capsys.readouterr()
-    assert "good.png: W" in out and "bad.jpg" in err
-    assert (tmp_path / "captions.csv").read_text().startswith("image,caption\n")
