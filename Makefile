@@ -19,10 +19,10 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lint demo notebooks kaggle bench faults load mutants rehearsal test-kaggle gpu clean
+.PHONY: help run test lint demo demo-static notebooks kaggle bench faults load mutants rehearsal test-kaggle gpu clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
 
 $(VENV)/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -63,6 +63,9 @@ lint: $(VENV)/test  ## formatter and linter, as CI runs them
 demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
 	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.default_model())'))" \
 		$(BIN)/python space/app.py
+
+demo-static: $(VENV)/test  ## the page that captions in the browser (MODEL=folder picks the captioner)
+	$(BIN)/python space/publish.py --demo $(if $(MODEL),--model $(MODEL))
 
 notebooks: $(VENV)/test  ## run the notebooks on the sample and store them with their outputs
 	$(BIN)/python tests/store_notebooks.py

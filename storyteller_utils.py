@@ -856,6 +856,7 @@ class DeploySettings(_Settings):
 
     space_id: str
     private: bool
+    space_kind: str = _one_of(["gradio", "static", "both"])
 
     def __post_init__(self):
         super().__post_init__()
@@ -2476,7 +2477,8 @@ class TransformerLayer(nn.Module):
         """
         keys, values = keys_values.unbind(1)  # (B, heads, S, W / heads) each
         # The K captions of a photo are further positions of its row: they share its keys without a copy.
-        query = self.queries[which](x).reshape(len(keys), -1, self.heads, keys.shape[-1])
+        # Not len(keys), which an export to ONNX would take for a constant.
+        query = self.queries[which](x).reshape(keys.shape[0], -1, self.heads, keys.shape[-1])
         query = query.transpose(1, 2)  # (B, heads, K*T, W / heads)
         scores = (query @ keys.transpose(-1, -2)).float() * keys.shape[-1] ** -0.5
         if causal:
@@ -3922,13 +3924,13 @@ class Storyteller:
             attention = attention[: len(words[0])]
         return Caption(*alternatives[0], words[0], alternatives, attention, confidence)
 
-    def _novelty(self, vectors) -> np.ndarray:
+    def _novelty(self, vectors: Tensor) -> np.ndarray:
         """Return the share of photos' mean features (B, D) in which no training photos vary."""
-        vectors = self.captioner.standardise(torch.as_tensor(vectors, device=self.device))  # (B, D)
+        vectors = self.captioner.standardise(vectors)  # (B, D)
         inside = vectors @ self.known.T  # (B, 64)
         return 1 - (inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)).cpu().numpy()
 
-    def confidence(self, scores: Sequence[float], vectors) -> list:
+    def confidence(self, scores: Sequence[float], vectors: Tensor) -> list:
         """Return how sure captions with these scores are, of photos with mean features (B, D)."""
         if self.known is None:
             return [None] * len(scores)
@@ -3936,7 +3938,9 @@ class Storyteller:
         familiar = np.interp(self._novelty(vectors), fit["novelty"], [1, 0])  # (B,)
         return (familiar * np.interp(scores, fit["scores"], fit["shares"])).tolist()
 
-    def calibrate(self, scores: np.ndarray, shares: np.ndarray, vectors, train) -> None:
+    def calibrate(
+        self, scores: np.ndarray, shares: np.ndarray, vectors: Tensor, train: Tensor
+    ) -> None:
         """Fit what a caption's score says about its quality, and which photos are familiar.
 
         scores, shares  (N,) of captions of N photos: their CIDEr-D as shares of what people reach
@@ -3948,7 +3952,7 @@ class Storyteller:
         """
         from sklearn.isotonic import IsotonicRegression
 
-        train = self.captioner.standardise(torch.as_tensor(train, device=self.device))  # (M, D)
+        train = self.captioner.standardise(train)  # (M, D)
         # PCA, as their mean is 0: the last eigenvectors are the directions of most variance.
         self.known = torch.linalg.eigh(train.T @ train).eigenvectors[:, -64:].T.half().float()
         bins = np.array_split(np.argsort(scores), min(10, len(scores)))

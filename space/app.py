@@ -112,8 +112,15 @@ def batch(photos, method, beam_width, progress=gr.Progress()):  # noqa: B008, ho
 def controls():
     choices = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sample")]
     return (
-        gr.Radio(choices, value="beam", label="Decoding"),
-        gr.Slider(1, 10, 5, step=1, label="Beam width", info="captions it searches at once"),
+        gr.Radio(choices, value=st.Decoding.method, label="Decoding"),
+        gr.Slider(
+            1,
+            10,
+            st.Decoding.beam_width,
+            step=1,
+            label="Beam width",
+            info="captions it searches at once",
+        ),
     )
 
 
@@ -165,7 +172,12 @@ with gr.Blocks(
                     info="beam search: more is longer",
                 )
                 heat = gr.Slider(
-                    0.1, 2, 1, step=0.1, label="Temperature", info="sampling: more is bolder"
+                    0.1,
+                    2,
+                    st.Decoding.temperature,
+                    step=0.1,
+                    label="Temperature",
+                    info="sampling: more is bolder",
                 )
                 seed = gr.Number(
                     None,

@@ -1,13 +1,19 @@
 """Build, check and push a captioner's web page, a Hugging Face Space, and the captioner itself.
 
-    python space/publish.py NAME/storyteller [--private] [--model FOLDER] [--model-repo NAME/model]
+    python space/publish.py NAME/storyteller [--static] [--private] [--model FOLDER]
+        [--model-repo NAME/captioner]
+
+A Gradio Space captions on the Hub's machine; a static one, which every account may have for free,
+in the visitor's browser.
 
 Needs a Hugging Face token that may write: in HF_TOKEN, or left by `hf auth login`.
 """
 
 import argparse
 import contextlib
+import functools
 import getpass
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +26,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +38,20 @@ MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "README.md")
 BACKBONE_FILE = "backbone.safetensors"  # unless the backbone's weights come with a package
 APP_FILES = ("app.py", "attention.py", "style.css", "README.md", "requirements.txt")
 PHOTOS = (".jpg", ".png")
+BROWSER_FILES = (
+    *("index.html", "style.css", "page.js", "captioner.js", "worker.js", "service-worker.js"),
+    *("README.md", "runtime/LICENSE", "runtime/README.md", "runtime/ort.wasm.min.mjs"),
+    *("runtime/ort-wasm-simd-threaded.mjs", "runtime/ort-wasm-simd-threaded.wasm.gz"),
+)
+BROWSER_MODEL_FILES = ("encoder.onnx", "step.onnx", "captioner.json", "README.md")
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# By which a Space on the Hub is known to be one of ours, whichever its kind.
+OURS = {"storyteller_utils.py", "captioner.js"}
+# Of the captioner before, and of a Space of the other kind.
+REPLACED = [
+    *("model/*", "examples/*", "runtime/*", "storyteller_utils.py"),
+    *(name for name in (*APP_FILES, *BROWSER_FILES) if "/" not in name),
+]
 PYTHON_LEFTOVERS = {"__pycache__", ".gradio"}  # of an app that was run in its folder
 NOT_PUSHED_YET = {".gitattributes", "README.md"}  # all that a fresh Space holds
 START_SECONDS = 1200  # installing torch takes the Hub some minutes
@@ -44,6 +65,10 @@ ADVICE = {
     429: "It wants a pause: try again in an hour.",
     507: f"Your storage there is full: delete what you no longer need ({STORAGE}).",
 }
+STATIC_IS_FREE = (
+    "Every account may have a static Space for free, which captions in the visitor's browser: "
+    'space_kind="static" in 05, or python space/publish.py NAME/storyteller --static'
+)
 HTTP_LIBRARIES = {"httpx", "httpx2", "requests", "urllib3"}  # the client changed over the years
 
 # Building -----------------------------------------------------------------------------------------
@@ -104,6 +129,75 @@ def build_space(
     _write_build(out, contents, entry="app.py")
     zip_space(out)
     return out
+
+
+def static_files(browser_dir: Path, model_dir: Path, photos_dir: Path) -> dict[str, Path]:
+    """List all that belongs to a static Space, as `space_files` does."""
+    photos = [p for p in sorted(photos_dir.glob("[!.]*")) if p.suffix in PHOTOS]
+    files = {name: browser_dir / name for name in BROWSER_FILES}
+    files |= {f"model/{name}": model_dir / name for name in BROWSER_MODEL_FILES}
+    files |= {f"examples/{p.name}": p for p in (*photos, photos_dir / "README.md")}
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise st.ArtifactError(
+            f"The static Space lacks {', '.join(missing)}. Restore space/ with git; what is pushed "
+            "is a folder that build_static_space made."
+        )
+    return files
+
+
+def build_static_space(model_dir: Path | str, out_dir: Path | str, int8: bool = False) -> Path:
+    """Compose a static Space, ready to push, and a zip beside it: it captions in the browser.
+
+    model_dir  the captioner it shows, as `save_pretrained` writes it
+    int8       half the size, for phones; some captions differ
+
+    Returns `out_dir`. ArtifactError for what is missing, for a captioner that cannot be exported or
+    captions otherwise once it is, and for an `out_dir` that holds something else.
+    """
+    out, browser = Path(out_dir), find_browser()
+    _check_packages()
+    sys.path.append(str(browser))
+    import export
+
+    with tempfile.TemporaryDirectory() as exported:
+        export.export(model_dir, exported, int8, HERE / "examples")
+        files = static_files(browser, Path(exported), HERE / "examples")
+        contents = {name: path.read_bytes() for name, path in files.items()}
+    _write_build(out, contents, entry="index.html")
+    zip_space(out)
+    return out
+
+
+def build_static_if_possible(model_dir: Path | str, out_dir: Path | str) -> Path | None:
+    """Compose a static Space as `build_static_space` does, or say why there is none."""
+    try:
+        return build_static_space(model_dir, out_dir)
+    except st.ArtifactError as error:
+        print(f"No static Space: {error}")
+        return None
+
+
+def find_browser() -> Path:
+    """Return the folder space/browser: beside this file, or in a dataset that Kaggle attached."""
+    runtime = "runtime/ort.wasm.min.mjs"
+    folders = [HERE / "browser"]
+    if inputs := st.kaggle_input():
+        folders += [path.parents[1] for path in sorted(inputs.rglob(runtime))]
+    for folder in folders:
+        if (folder / runtime).is_file() and (folder / "export.py").is_file():
+            return folder
+    raise st.ArtifactError(
+        f"{HERE / 'browser'} is missing, which holds its page and onnxruntime-web. On Kaggle, add "
+        "the repository's folder space/browser as a dataset."
+    )
+
+
+def _check_packages() -> None:
+    lacking = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise st.ArtifactError(
+            f"{', '.join(lacking)} must be installed first: pip install {' '.join(EXPORT_PACKAGES)}"
+        )
 
 
 def _write_build(out: Path, contents: dict[str, bytes], entry: str) -> None:
@@ -266,10 +360,10 @@ def push_space(
 ) -> dict:
     """Create or update a Space on the Hub, in one commit: all of it is online or nothing.
 
-    folder   made by build_space
+    folder   made by build_space or build_static_space
     repo_id  owner/name
     token    None: from `find_token`; it is neither shown nor kept
-    wait     return only when the Space runs
+    wait     return only when the Space runs (a static one does at once)
 
     Returns {"address", "commit", "hardware"}, also left as `pushed.json` beside the folder;
     {"address": None, "zip"} if the account may not have such a Space. ArtifactError says what to do
@@ -279,19 +373,24 @@ def push_space(
 
     folder = Path(folder).resolve()
     token = token or find_token()
-    files = space_files(folder, folder / "model", folder / "storyteller_utils.py")
+    static = (folder / "index.html").is_file()
+    if static:
+        files = static_files(folder, folder / "model", folder / "examples")
+    else:
+        files = space_files(folder, folder / "model", folder / "storyteller_utils.py")
     api = HfApi(token=token)
-    hardware = _ask_hub(lambda: _create_space(api, repo_id, private), repo_id, token)
+    hardware = _ask_hub(lambda: _create_space(api, repo_id, private, static), repo_id, token)
     if hardware is None:
         packed = zip_space(folder)
         print(f"Nothing was published. {packed} holds the whole Space, to run or upload elsewhere.")
+        print(STATIC_IS_FREE)
         return {"address": None, "zip": str(packed)}
     commit = _ask_hub(lambda: _upload(api, folder, repo_id, list(files)), repo_id, token)
     address = f"{api.endpoint}/spaces/{repo_id}"
     pushed = {"address": address, "commit": commit.oid, "hardware": hardware}
     st.write_json(folder.with_name("pushed.json"), pushed)
     print(f"{address} ({hardware})")
-    if wait:
+    if wait and not static:
         _wait_until_running(
             lambda: _ask_hub(lambda: api.get_space_runtime(repo_id), repo_id, token), address
         )
@@ -304,7 +403,7 @@ def _upload(api, folder: Path, repo_id: str, files: list[str]):
         repo_type="space",
         folder_path=folder,
         allow_patterns=files,
-        delete_patterns=["model/*", "examples/*"],  # of the captioner before
+        delete_patterns=REPLACED,
         commit_message="Show this captioner",
     )
 
@@ -324,7 +423,31 @@ def _wait_until_running(runtime: Callable, address: str) -> None:
         time.sleep(5)
 
 
-def _create_space(api, repo_id: str, private: bool) -> str | None:
+def push_kind(
+    kind: str,
+    space: Path | str,
+    static: Path | str | None,
+    repo_id: str,
+    token: str | None = None,
+    private: bool = True,
+) -> dict:
+    """Push a Space of a kind, as `push_space` does.
+
+    kind    "gradio"; "static"; "both": the Gradio Space, and where the Hub wants it paid for, the
+            static one under the same name
+    static  made by build_static_space; None: there is none
+    """
+    if kind == "static" and static is None:
+        raise st.ArtifactError("There is no static Space to push: see above why.")
+    if kind == "static":
+        return push_space(static, repo_id, token, private)
+    pushed = push_space(space, repo_id, token, private)
+    if pushed["address"] is None and kind == "both" and static is not None:
+        return push_space(static, repo_id, token, private)
+    return pushed
+
+
+def _create_space(api, repo_id: str, private: bool, static: bool) -> str | None:
     """Make sure that the Space exists and is ours.
 
     Returns its hardware, None if the account may have none.
@@ -334,11 +457,16 @@ def _create_space(api, repo_id: str, private: bool) -> str | None:
     with contextlib.suppress(RepositoryNotFoundError):
         space = api.space_info(repo_id)
         files = {sibling.rfilename for sibling in space.siblings or []}
-        if "storyteller_utils.py" not in files and files - NOT_PUSHED_YET:
+        if not files & OURS and files - NOT_PUSHED_YET:
             raise st.ArtifactError(
                 f"The name {repo_id} is taken by another Space. Choose another, or delete that one."
             )
         return f"hardware as before, still {'private' if space.private else 'public'}"
+    if static:
+        api.create_repo(
+            repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True
+        )
+        return "the visitor's browser"
     if _create_on(api, repo_id, private, None):
         return "cpu-basic"
     print(
@@ -460,22 +588,53 @@ def _is_dropped_connection(error: Exception) -> bool:
     return isinstance(error, OSError) or bool(libraries & HTTP_LIBRARIES)
 
 
+def make_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server of a static Space on this machine, at any free port unless one is named."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        # Without this type, which some systems do not know, a browser runs no module.
+        extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    return ThreadingHTTPServer(("127.0.0.1", port), handler)
+
+
+def serve(folder: Path, port: int = 8000) -> None:
+    """Serve a static Space on this machine until Ctrl-C."""
+    with make_server(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Build, check and push a Space, and with --model-repo its captioner as a model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("repo_id", metavar="NAME/storyteller", help="the Space")
+    parser.add_argument("repo_id", nargs="?", metavar="NAME/storyteller", help="the Space")
+    parser.add_argument("--demo", action="store_true", help="serve the static Space here instead")
+    parser.add_argument("--static", action="store_true", help="captions in the visitor's browser")
     parser.add_argument("--private", action="store_true", help="show it to nobody else")
     parser.add_argument(
         "--model", default=st.default_model(), metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("--model-repo", metavar="NAME/captioner", help="push the captioner too")
     arguments = parser.parse_args(argv)
+    if not arguments.repo_id and not arguments.demo:
+        parser.error("NAME/storyteller is needed: the name of the Space")
     try:
-        space = build_space(arguments.model, BUILDS / "space")
-        print(*check_space(space), sep="\n")
+        if arguments.demo:
+            return serve(build_static_space(arguments.model, BUILDS / "static"))
+        if arguments.static:
+            space = build_static_space(arguments.model, BUILDS / "static")
+        else:
+            space = build_space(arguments.model, BUILDS / "space")
+            print(*check_space(space), sep="\n")
         push_space(space, arguments.repo_id, private=arguments.private)
         if arguments.model_repo:
-            model = push_model(space / "model", arguments.model_repo, private=arguments.private)
+            model = push_model(arguments.model, arguments.model_repo, private=arguments.private)
             print(model["address"])
     except (st.ArtifactError, ValueError) as error:
         sys.exit(f"publish.py: {error}")

@@ -3,10 +3,12 @@
 No network, no GPU needed, a small drawn dataset, and ../shared where there is one.
 """
 
+import hashlib
 import importlib.util
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault(
@@ -190,3 +192,37 @@ def client(address):
     from gradio_client import Client
 
     return Client(address, verbose=False)
+
+
+# The Hub (test_space.py, test_static.py)
+
+
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""
+    from huggingface_hub import constants
+    from local_hub import LocalHub
+
+    hub = LocalHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    yield hub
+    hub.close()
+
+
+def digests(files):
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def on_disk(folder):
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)
+    }

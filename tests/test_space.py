@@ -3,7 +3,6 @@
 import base64
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -21,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import look_around
+from conftest import digests, listing, look_around, on_disk
 from load import page, storm
-from local_hub import LocalHub, private
+from local_hub import private
 from PIL import Image
 
 import attention
@@ -252,10 +251,6 @@ def space(tiny_model, tmp_path_factory):
     return publish.build_space(tiny_model, tmp_path_factory.mktemp("deploy") / "space")
 
 
-def listing(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
-
-
 def test_a_space_holds_what_belongs_to_it_and_nothing_else(tiny_model, tmp_path):
     source = tmp_path / "space"
     for path in listing(ROOT / "space"):
@@ -421,32 +416,6 @@ def test_a_space_that_does_not_start_fails_with_its_own_log(space, tmp_path):
 
 
 # The Hub ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""
-    from huggingface_hub import constants
-
-    hub = LocalHub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(publish.time, "sleep", lambda _: None)
-    yield hub
-    hub.close()
-
-
-def digests(files):
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-
-
-def on_disk(folder):
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listing(folder)
-    }
 
 
 def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):

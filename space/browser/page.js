@@ -1,0 +1,291 @@
+// The page: takes photos in, has the worker caption them, and shows what it says.
+const $ = id => document.getElementById(id);
+const worker = new Worker(new URL('worker.js', import.meta.url), {type: 'module'});
+const waiting = new Map(); // id of a message -> how its promise ends
+const photos = []; // of the table: {name, blob, url, result, problem, row}
+let shown; // the photo on the stage
+let captioner; // what the worker says of it
+
+// The worker -----------------------------------------------------------------------------------------
+
+let lastId = 0;
+
+function ask(message, progress) {
+  const id = ++lastId;
+  return new Promise((resolve, reject) => {
+    waiting.set(id, {resolve, reject, progress});
+    worker.postMessage({id, ...message});
+  });
+}
+
+worker.onmessage = ({data: {id, progress, result, error}}) => {
+  const {resolve, reject, progress: report} = waiting.get(id);
+  if (progress !== undefined) return report(progress);
+  waiting.delete(id);
+  return error === undefined ? resolve(result) : reject(new Error(error));
+};
+worker.onerror = event => fail(event.message || 'The worker did not start.');
+
+async function load() {
+  say('The caption will stand here.', 'waiting');
+  const base = new URL('model/', location.href).href;
+  captioner = await ask({base}, share => { $('progress').value = share; });
+  $('loading').hidden = true;
+  describe(captioner);
+}
+
+function fail(message) {
+  $('loading').hidden = true;
+  say(`The captioner could not be loaded: ${message}. Reload the page to try again; it needs a browser from 2023 or later.`, 'problem');
+}
+
+function describe({dataset, decoding, facts, precision, examples}) {
+  $('trained').textContent = dataset.sample
+    ? 'Trained on drawings only: it will be wrong about photos.'
+    : `Trained on ${dataset.photos.toLocaleString('en')} photos of ${dataset.name}.`;
+  $('width').value = decoding.beam_width;
+  $('length').value = decoding.length_preference;
+  showValues();
+  $('facts').textContent = `Decoder ${facts.decoder} on ${facts.backbone}, `
+    + `${facts.vocabulary.toLocaleString('en')} words`
+    + (precision === 'int8' ? ', its weights in 8 bits: some captions differ.' : '.');
+  if (facts.scores) $('scores').append(`Scores on ${facts.scored_on}:`, scoreTable(facts.scores));
+  for (const name of examples) $('examples').append(exampleButton(name));
+  $('examples').hidden = !examples.length;
+}
+
+function scoreTable(scores) {
+  const table = element('table', {}, element('thead', {}, headRow('Metric', 'Score', '95 % interval')));
+  const body = element('tbody');
+  for (const [name, {value, low, high}] of Object.entries(scores)) {
+    body.append(bodyRow(name, value.toFixed(3), `${low.toFixed(3)} to ${high.toFixed(3)}`));
+  }
+  table.append(body);
+  return table;
+}
+
+function exampleButton(name) {
+  const url = `examples/${name}`;
+  const image = element('img', {src: url, alt: `Example: ${name.replace(/\.\w+$/, '').replaceAll('_', ' ')}`});
+  const button = element('button', {type: 'button'}, image);
+  button.onclick = async () => {
+    const blob = await (await fetch(url)).blob();
+    take([new File([blob], name, {type: blob.type})]);
+  };
+  return button;
+}
+
+// Photos in ------------------------------------------------------------------------------------------
+
+async function take(files) {
+  if (!files.length) return;
+  if (files.length > 1) return takeSeveral(files);
+  return show(asPhoto(files[0]));
+}
+
+function asPhoto(file) {
+  return {name: file.name || 'photo', blob: file, url: URL.createObjectURL(file)};
+}
+
+async function takeSeveral(files) {
+  const added = [...files].map(asPhoto);
+  photos.push(...added);
+  $('several').hidden = false;
+  for (const photo of added) {
+    photo.row = tableRow(photo);
+    $('several').querySelector('tbody').append(photo.row);
+  }
+  await show(added[0]);
+  for (const photo of added.slice(1)) await caption(photo);
+}
+
+$('files').onchange = $('camera').onchange = ({target}) => {
+  take([...target.files]);
+  target.value = ''; // or the same photo could not be chosen again
+};
+
+addEventListener('paste', ({clipboardData}) => take(images(clipboardData.files)));
+addEventListener('dragover', event => {
+  event.preventDefault();
+  $('stage').classList.add('over');
+});
+addEventListener('dragleave', () => $('stage').classList.remove('over'));
+addEventListener('drop', event => {
+  event.preventDefault();
+  $('stage').classList.remove('over');
+  take([...event.dataTransfer.files]);
+});
+
+const images = files => [...files].filter(({type}) => type.startsWith('image/'));
+
+// Captions -------------------------------------------------------------------------------------------
+
+function decoding() {
+  return {
+    method: $('method').value,
+    beam_width: Number($('width').value),
+    length_preference: Number($('length').value),
+  };
+}
+
+async function caption(photo) {
+  try {
+    photo.result = await ask({blob: photo.blob, decoding: decoding()});
+    photo.problem = '';
+  } catch (error) {
+    photo.result = undefined;
+    photo.problem = error.message;
+  }
+  if (photo.row) fillRow(photo);
+  if (photo === shown) showResult();
+}
+
+async function show(photo) {
+  if (shown && !photos.includes(shown) && shown !== photo) URL.revokeObjectURL(shown.url);
+  shown = photo;
+  for (const {row} of photos) row?.toggleAttribute('aria-current', row === photo.row);
+  $('stage').classList.remove('empty');
+  $('hint').hidden = true;
+  $('photo').hidden = false;
+  $('photo').src = photo.url;
+  $('photo').alt = photo.name;
+  if (photo.result || photo.problem) return showResult();
+  clearResult();
+  say(captioner ? 'Captioning' : 'Waiting for the captioner', 'waiting');
+  return caption(photo);
+}
+
+function say(text, kind = '') {
+  $('caption').textContent = text;
+  $('caption').className = kind;
+}
+
+function clearResult() {
+  $('veil').hidden = $('words').hidden = $('others').hidden = true;
+  $('note').textContent = '';
+}
+
+function showResult() {
+  clearResult();
+  const {result, problem} = shown;
+  if (problem) {
+    $('photo').hidden = true;
+    $('stage').classList.add('empty');
+    return say(problem, 'problem');
+  }
+  say(result.text);
+  $('photo').alt = result.text;
+  $('note').textContent = `Captioned in ${result.seconds.toFixed(2)} s on this device.`;
+  const rows = result.alternatives.map(({text, score}) => bodyRow(text, score.toFixed(3)));
+  $('others').querySelector('tbody').replaceChildren(...rows);
+  $('others').hidden = false;
+  if (result.attention.length) showWords(result);
+}
+
+// Attention ------------------------------------------------------------------------------------------
+
+// The words as radio buttons, so that the arrow keys go through them; the pointer shows others.
+function showWords({words, attention}) {
+  const first = sharpest(words, attention);
+  const labels = words.map((word, i) => {
+    const input = element('input', {type: 'radio', name: 'word'});
+    input.checked = i === first;
+    input.onchange = () => drawVeil(attention[i]);
+    const label = element('label', {}, input, word);
+    label.onpointerenter = () => drawVeil(attention[i]);
+    label.onpointerleave = () => drawVeil(attention[chosen()]);
+    return label;
+  });
+  const chosen = () => labels.findIndex(label => label.firstChild.checked);
+  $('words').replaceChildren($('words').querySelector('legend'), ...labels);
+  $('words').hidden = false;
+  drawVeil(attention[first]);
+}
+
+// Shown first is the sharpest attention, of a word that is long enough for a thing.
+function sharpest(words, attention) {
+  const rank = words.map((word, i) => Math.max(...attention[i]) + (word.length > 2 ? 1 : 0));
+  return rank.indexOf(Math.max(...rank));
+}
+
+// Clear where the weights are high, dark elsewhere: as attention.py paints it.
+function drawVeil(weights) {
+  const side = Math.sqrt(weights.length);
+  const [low, high] = [Math.min(...weights), Math.max(...weights)];
+  const image = new ImageData(side, side);
+  weights.forEach((weight, i) => {
+    const level = (weight - low) / Math.max(high - low, 1e-9);
+    const alpha = 170 * (1 - level) ** 1.2;
+    image.data.set([255 * level, 170 * level, 40 * level, alpha].map(Math.round), 4 * i);
+  });
+  const canvas = $('veil');
+  canvas.width = canvas.height = side;
+  canvas.getContext('2d').putImageData(image, 0, 0);
+  canvas.hidden = false;
+}
+
+// The table ------------------------------------------------------------------------------------------
+
+function tableRow(photo) {
+  const image = element('img', {src: photo.url, alt: ''});
+  image.onerror = () => image.remove(); // no photo: the row says so
+  const button = element('button', {type: 'button'}, image, photo.name);
+  button.onclick = () => show(photo);
+  return bodyRow(button, '…', '');
+}
+
+function fillRow({row, result, problem}) {
+  row.cells[1].textContent = result?.text ?? problem;
+  row.cells[2].textContent = result?.score.toFixed(3) ?? '';
+  const done = photos.filter(photo => photo.result || photo.problem);
+  $('count').textContent = `${done.length} of ${photos.length} photos captioned`;
+  const lines = [['photo', 'caption', 'score', 'problem']];
+  for (const photo of done) {
+    const score = photo.result?.score.toFixed(3) ?? '';
+    lines.push([photo.name, photo.result?.text ?? '', score, photo.problem ?? '']);
+  }
+  const csv = lines.map(line => line.map(quote).join(',')).join('\n') + '\n';
+  if ($('csv').href) URL.revokeObjectURL($('csv').href);
+  $('csv').href = URL.createObjectURL(new Blob([csv], {type: 'text/csv'}));
+}
+
+const quote = text => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+
+$('clear').onclick = () => {
+  for (const photo of photos.splice(0)) if (photo !== shown) URL.revokeObjectURL(photo.url);
+  $('several').querySelector('tbody').replaceChildren();
+  $('several').hidden = true;
+};
+
+// Decoding -------------------------------------------------------------------------------------------
+
+function showValues() {
+  for (const output of document.querySelectorAll('output')) {
+    output.value = $(output.htmlFor.value).value;
+  }
+  $('width').disabled = $('method').value === 'greedy';
+}
+
+for (const control of ['method', 'width', 'length']) {
+  $(control).oninput = showValues;
+  $(control).onchange = () => {
+    showValues();
+    if (shown) caption(shown);
+  };
+}
+
+// Small parts ----------------------------------------------------------------------------------------
+
+function element(name, attributes = {}, ...children) {
+  const made = Object.assign(document.createElement(name), attributes);
+  made.append(...children);
+  return made;
+}
+
+const row = kind => (...cells) => element('tr', {}, ...cells.map(cell => element(kind, {}, cell)));
+const headRow = row('th');
+const bodyRow = row('td');
+
+// Without a network the service worker brings the page itself, and captioner.js finds its own files.
+navigator.serviceWorker?.register('service-worker.js').catch(() => {}); // in a frame it may be forbidden
+load().catch(error => fail(error.message));
