@@ -3924,13 +3924,13 @@ class Storyteller:
             attention = attention[: len(words[0])]
         return Caption(*alternatives[0], words[0], alternatives, attention, confidence)
 
-    def _novelty(self, vectors: Tensor) -> np.ndarray:
+    def _novelty(self, vectors) -> np.ndarray:
         """Return the share of photos' mean features (B, D) in which no training photos vary."""
-        vectors = self.captioner.standardise(vectors)  # (B, D)
+        vectors = self.captioner.standardise(torch.as_tensor(vectors, device=self.device))  # (B, D)
         inside = vectors @ self.known.T  # (B, 64)
         return 1 - (inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)).cpu().numpy()
 
-    def confidence(self, scores: Sequence[float], vectors: Tensor) -> list:
+    def confidence(self, scores: Sequence[float], vectors) -> list:
         """Return how sure captions with these scores are, of photos with mean features (B, D)."""
         if self.known is None:
             return [None] * len(scores)
@@ -3938,9 +3938,7 @@ class Storyteller:
         familiar = np.interp(self._novelty(vectors), fit["novelty"], [1, 0])  # (B,)
         return (familiar * np.interp(scores, fit["scores"], fit["shares"])).tolist()
 
-    def calibrate(
-        self, scores: np.ndarray, shares: np.ndarray, vectors: Tensor, train: Tensor
-    ) -> None:
+    def calibrate(self, scores: np.ndarray, shares: np.ndarray, vectors, train) -> None:
         """Fit what a caption's score says about its quality, and which photos are familiar.
 
         scores, shares  (N,) of captions of N photos: their CIDEr-D as shares of what people reach
@@ -3952,7 +3950,7 @@ class Storyteller:
         """
         from sklearn.isotonic import IsotonicRegression
 
-        train = self.captioner.standardise(train)  # (M, D)
+        train = self.captioner.standardise(torch.as_tensor(train, device=self.device))  # (M, D)
         # PCA, as their mean is 0: the last eigenvectors are the directions of most variance.
         self.known = torch.linalg.eigh(train.T @ train).eigenvectors[:, -64:].T.half().float()
         bins = np.array_split(np.argsort(scores), min(10, len(scores)))
