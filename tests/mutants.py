@@ -128,10 +128,12 @@ MUTANTS = [
         "grid.flatten(2)",
         "grid.transpose(2, 3).flatten(2)",
     ),
-    Mutant("turned photos stay turned", "_upright", "image.getexif().get(0x0112, 1)", "1"),
+    Mutant(
+        "turned photos stay turned", "_pil_photo", "ImageOps.exif_transpose(image)", "image.copy()"
+    ),
     Mutant(
         "some test photos are trained on",
-        "split_photos",
+        "_random_splits",
         "(('train', train), ('val', val), ('test', test))",
         "(('val', val), ('test', test), ('train', [*train, *test[:9]]))",
     ),
