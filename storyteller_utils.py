@@ -703,14 +703,14 @@ PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
 BIG = 10**9
 
 
-def _between(low: float, high: float):
+def _between(low: float, high: float, **default):
     """Declare a setting whose value lies between two numbers, both allowed."""
-    return dataclasses.field(metadata={"between": (low, high)})
+    return dataclasses.field(metadata={"between": (low, high)}, **default)
 
 
-def _one_of(choices):
+def _one_of(choices, **default):
     """Declare a setting that has one of `choices`, or of what they return."""
-    return dataclasses.field(metadata={"choices": choices})
+    return dataclasses.field(metadata={"choices": choices}, **default)
 
 
 def _typed(field: dataclasses.Field, value):
@@ -3831,7 +3831,7 @@ def train(run: Run):
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(_Settings):
     """How captions are generated; page, command, validation and evaluation share these defaults.
 
     method             "beam", "greedy" (a beam of width 1) or "sample" (words drawn at random)
@@ -3848,49 +3848,30 @@ class Decoding:
     seed               of samples: the same seed draws the same captions
     captions           samples of a photo; a search ends with up to `beam_width` captions anyway
     start              how every caption begins: "two dogs"
-    must, never        words that every caption has (not for samples), words that none has
+    must, never        words that every caption has, words that none has: "frisbee grass"
     max_chars          characters of a caption, for alt text (0: any number); no word is cut
 
     The defaults were chosen on Flickr8k's validation photos (notebooks/README.md).
 
     Two of these give way: when nothing may follow, a caption ends even before min_length; when no
-    caption has all words of `must`, those with the most of them are returned.
+    caption has all words of `must`, those with the most of them are returned. Samples have
+    no no_repeat and refuse must.
     """
 
-    method: str = "beam"
-    beam_width: int = 5
-    length_preference: float = 0.9
-    no_repeat: int = 2
-    min_length: int = 1
-    max_length: int = 30
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    captions: int = 1
+    method: str = _one_of(["beam", "greedy", "sample"], default="beam")
+    beam_width: int = _between(1, 1000, default=5)
+    length_preference: float = _between(0, 10, default=0.9)
+    no_repeat: int = _between(0, 1000, default=2)
+    min_length: int = _between(0, 1000, default=1)
+    max_length: int = _between(1, 1000, default=30)
+    temperature: float = _between(0.01, 100, default=1.0)
+    top_p: float = _between(0, 1, default=1.0)
+    seed: int = _between(0, 2**32 - 1, default=0)
+    captions: int = _between(1, 1000, default=1)
     start: str = ""
-    must: Sequence[str] = ()
-    never: Sequence[str] = ()
-    max_chars: int = 0
-
-    def __post_init__(self):
-        for name in ("must", "never"):
-            words = getattr(self, name)
-            object.__setattr__(self, name, (words,) if isinstance(words, str) else tuple(words))
-        for name, holds, rule in (
-            ("method", self.method in ("beam", "greedy", "sample"), "beam, greedy or sample"),
-            ("beam_width", 1 <= self.beam_width <= 1000, "between 1 and 1000"),
-            ("length_preference", self.length_preference >= 0, "at least 0"),
-            ("no_repeat", self.no_repeat >= 0, "at least 0"),
-            ("max_length", 1 <= self.max_length <= 1000, "between 1 and 1000"),
-            ("min_length", 0 <= self.min_length <= self.max_length, "between 0 and max_length"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("captions", 1 <= self.captions <= 1000, "between 1 and 1000"),
-            ("must", not (self.must and self.method == "sample"), "empty for samples"),
-            ("max_chars", self.max_chars == 0 or self.max_chars >= 20, "0 or at least 20"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+    must: str = ""
+    never: str = ""
+    max_chars: int = _between(0, 10**6, default=0)
 
 
 @dataclass(frozen=True)
@@ -3907,30 +3888,31 @@ class _Constraints:
     """What a `Decoding` asks of words, in ids: `must` (M,), and what `forbid` rules out."""
 
     def __init__(self, decoding: Decoding, vocab: Vocab | None, device: torch.device):
-        self.decoding, self.vocab = decoding, vocab
-        self.start = self._ids(decoding.start)
-        self.never = self._ids(*decoding.never)
-        must = sorted(set(self._ids(*decoding.must)) - set(self.start))
+        self.max_chars = decoding.max_chars
+        self.start, self.never, must = (
+            self._ids(text, vocab) for text in (decoding.start, decoding.never, decoding.must)
+        )
+        must = sorted(set(must) - set(self.start))
         self.must = torch.tensor(must, dtype=torch.long, device=device)  # (M,)
         if both := set(self.never) & {*self.start, *must}:
             words = ", ".join(vocab.words[i] for i in both)
             raise ValueError(f"{words}: asked for by start or must, and forbidden by never")
-        if decoding.max_chars:
+        if self.max_chars:
             # Each with the space before it: one too many for words that are glued on ("n't").
             lengths = [len(word) + 1 for word in vocab.words]
             self.lengths = torch.tensor(lengths, device=device)  # (V,)
-            if sum(lengths[i] for i in self.start) + 2 > decoding.max_chars:
-                raise ValueError(f"start is longer than max_chars={decoding.max_chars}")
+            if sum(lengths[i] for i in self.start) + 12 > self.max_chars:
+                raise ValueError(f"max_chars={self.max_chars} leaves no room for words after start")
 
-    def _ids(self, *texts: str) -> list[int]:
-        words = [word for text in texts for word in tokenize(text)]
-        unknown = [word for word in words if word not in self.vocab.ids]
-        if unknown:
+    @staticmethod
+    def _ids(text: str, vocab: Vocab | None) -> list[int]:
+        words = tokenize(text)
+        if unknown := [word for word in words if word not in vocab.ids]:
             raise ValueError(
                 f"The captioner does not know {', '.join(unknown)}: choose among the "
-                f"{len(self.vocab):,} words of its vocab.json."
+                f"{len(vocab):,} words of its vocab.json."
             )
-        return [self.vocab.ids[word] for word in words]
+        return [vocab.ids[word] for word in words]
 
     def forbid(self, logits: Tensor, ids: Tensor) -> None:
         """Rule out what may not follow captions ids (..., T); changes logits (..., V)."""
@@ -3939,9 +3921,9 @@ class _Constraints:
         if position < len(self.start):
             kept = logits[..., self.start[position], None].clone()
             logits.fill_(-torch.inf)[..., self.start[position], None] = kept
-        elif self.decoding.max_chars:
+        elif self.max_chars:
             # The full stop takes one, and another one where it may not touch the last word.
-            left = self.decoding.max_chars - 2 - self.lengths[ids].sum(-1, keepdim=True)  # (..., 1)
+            left = self.max_chars - 2 - self.lengths[ids].sum(-1, keepdim=True)  # (..., 1)
             too_long = self.lengths > left  # (..., V)
             too_long[..., END] = False
             logits.masked_fill_(too_long, -torch.inf)
@@ -3961,16 +3943,6 @@ class Beams:
     ended_ids: Tensor  # (P, width, L + 1)
     ended_scores: Tensor  # (P, width) normalised by length, best first; -inf: no caption
     state: State
-
-    @classmethod
-    def begin(cls, state: State, count: int, width: int, max_length: int, device) -> Beams:
-        """Start `count` photos with one caption each, of no words yet."""
-        ended_ids = torch.full((count, width, max_length + 1), PAD, device=device)
-        ended_scores = torch.full((count, width), -torch.inf, device=device)
-        ids = ended_ids[:, :1].clone()  # (P, 1, L + 1)
-        ids[..., 0] = START
-        scores = torch.zeros_like(ended_scores[:, :1])  # (P, 1)
-        return cls(torch.arange(count, device=device), ids, scores, ended_ids, ended_scores, state)
 
     def end(self, scores: Tensor, length: int) -> None:
         """Let captions end with normalised scores (P, K), if these are among their photo's best."""
@@ -4031,9 +4003,17 @@ def beam_search(
     decoding = decoding or Decoding()
     width = 1 if decoding.method == "greedy" else decoding.beam_width
     constraints = _Constraints(decoding, vocab, features.device)
-    beams = Beams.begin(
-        captioner.start(features), len(features), width, decoding.max_length, features.device
+    ended_ids = features.new_full((len(features), width, decoding.max_length + 1), PAD).long()
+    ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
+    beams = Beams(
+        photos=torch.arange(len(features), device=features.device),
+        ids=torch.full_like(ended_ids[:, :1], PAD),  # a single caption of each photo, without words
+        scores=torch.zeros_like(ended_scores[:, :1]),
+        ended_ids=ended_ids,
+        ended_scores=ended_scores,
+        state=captioner.start(features),
     )
+    beams.ids[..., 0] = START
     found: list = [None] * len(features)
     for length in range(1, decoding.max_length + 1):
         ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]
@@ -4136,6 +4116,8 @@ def sample_captions(
     Returns what `beam_search` does, as drawn and not sorted; the same seed draws the same captions.
     """
     decoding = decoding or Decoding(method="sample")
+    if decoding.must:
+        raise ValueError("must is for beam search: samples have the words that are drawn")
     constraints = _Constraints(decoding, vocab, features.device)
     generator = torch.Generator(features.device).manual_seed(decoding.seed)
     state = captioner.start(features)
@@ -4190,15 +4172,16 @@ def generate(
     progress: bool = False,
 ) -> list[list[Hypothesis]]:
     """Generate captions of photos `rows` of `features` (indexed by arrays of rows), in batches."""
-    from tqdm import tqdm
-
     decoding = decoding or Decoding()
     make = sample_captions if decoding.method == "sample" else beam_search
     # As many partial captions at a time as keep a product busy and stay in the cache.
     size = max(1, 320 // (1 if decoding.method == "greedy" else decoding.beam_width))
     batches = [np.asarray(rows[i : i + size]) for i in range(0, len(rows), size)]
-    bar = tqdm(batches, disable=not progress, unit="batch", mininterval=1)
+    bar = _bar(batches, disable=not progress, unit="batch")
     return [one for batch in bar for one in make(captioner, features[batch], decoding, vocab)]
+
+
+_bar = progress  # whose name is that of a parameter of `generate`
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,22 @@ def find_photos(inputs: Iterable[str], folder: Path | None = None) -> Iterator[P
         path = Path(os.path.abspath(path))
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    for path in itertools.chain.from_iterable(map(_paths, inputs)):
+    for path in find_files(inputs):
         if path.suffix.lower() == ".tar":
             yield from _shard(path, name(path))
         else:
             yield Photo(name(path), path)
+
+
+def find_files(inputs: Iterable[str]) -> Iterator[Path]:
+    """Yield the files that files, folders, globs, lists and numbered names stand for, in order."""
+    return itertools.chain.from_iterable(map(_paths, inputs))
+
+
+def is_photo(name: str) -> bool:
+    """Return whether a file is a photo, and not a hidden one, by its name."""
+    path = Path(name)
+    return path.suffix.lower() in st.PHOTO_SUFFIXES and not path.name.startswith(".")
 
 
 def _paths(given: str) -> Iterator[Path]:
@@ -115,7 +126,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for entry in visible:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path))
-        elif Path(entry.name).suffix.lower() in st.PHOTO_SUFFIXES:
+        elif is_photo(entry.name):
             yield Path(entry.path)
 
 
@@ -145,9 +156,7 @@ def _shard(path: Path, name: str) -> Iterator[Photo]:
         with tarfile.open(path) as tar:
             while member := tar.next():
                 tar.members = []  # it would keep every member that it has seen
-                file = Path(member.name)
-                photo = member.isfile() and file.suffix.lower() in st.PHOTO_SUFFIXES
-                if photo and not file.name.startswith("."):
+                if member.isfile() and is_photo(member.name):
                     yield Photo(f"{name}/{member.name}", tar.extractfile(member).read)
     except (OSError, EOFError, tarfile.TarError) as error:
         yield Photo(name, error=f"{path.name} cannot be read: {error}")
@@ -201,11 +210,26 @@ def make_row(name: str, caption, captions: int = 1) -> dict:
     if isinstance(caption, str):
         return {"file_name": name, "error": caption}
     row = {"file_name": name, "text": caption.text, "score": round(caption.score, 5)}
+    if caption.confidence is not None:
+        row["confidence"] = round(caption.confidence, 4)
     if captions > 1:
         best = caption.alternatives[:captions]
         row["captions"] = [text for text, _ in best]
         row["scores"] = [round(score, 5) for _, score in best]
     return row
+
+
+def caption_loaded(
+    storyteller, photos: list[Photo], loaded: list, options: dict, captions: int = 1
+) -> list[dict]:
+    """Return the rows of photos, given what `load` made of each: a photo, or what is wrong."""
+    good = [item for item in loaded if not isinstance(item, str)]
+    made = iter(caption_batch(storyteller, good, options))
+    results = [item if isinstance(item, str) else next(made) for item in loaded]
+    return [
+        make_row(photo.name, result, captions)
+        for photo, result in zip(photos, results, strict=True)
+    ]
 
 
 def caption_photos(
@@ -238,17 +262,13 @@ def caption_photos(
         return photo, loaded
 
     def work(pairs):
+        photos, loaded = zip(*pairs, strict=True)
         storyteller = idle.get()
         try:
-            good = [loaded for _, loaded in pairs if not isinstance(loaded, str)]
-            made = iter(caption_batch(storyteller, good, options))
+            rows = caption_loaded(storyteller, photos, loaded, options, captions)
         finally:
             idle.put(storyteller)
-        results = [loaded if isinstance(loaded, str) else next(made) for _, loaded in pairs]
-        return [
-            (photo, make_row(photo.name, result, captions))
-            for (photo, _), result in zip(pairs, results, strict=True)
-        ]
+        return list(zip(photos, rows, strict=True))
 
     decoded = ahead(decode, read(photos), workers, 2 * batch)
     batches = iter(lambda: list(itertools.islice(decoded, batch)), [])
@@ -333,12 +353,12 @@ class Csv(JsonLines):
     """Rows as comma separated values; lists are JSON in their cell."""
 
     suffix = ".csv"
-    columns = ("file_name", "text", "score", "captions", "scores", "error")
+    columns = ("file_name", "text", "score", "confidence", "captions", "scores", "error")
 
     def __init__(self, path: Path, captions: int = 1):
         super().__init__(path)
         if captions == 1:
-            self.columns = ("file_name", "text", "score", "error")
+            self.columns = ("file_name", "text", "score", "confidence", "error")
         self.header = (",".join(self.columns) + "\n").encode()
 
     def encode(self, row: dict) -> bytes:
@@ -393,6 +413,7 @@ class Parquet(JsonLines):
         super().finish()
         strings = pa.list_(pa.string())
         fields = {"file_name": pa.string(), "text": pa.string(), "score": pa.float64()}
+        fields |= {"confidence": pa.float64()}
         fields |= {"captions": strings, "scores": pa.list_(pa.float64()), "error": pa.string()}
         schema = pa.schema(list(fields.items()))
         rows = self.rows()
@@ -558,8 +579,8 @@ def options_of(arguments: argparse.Namespace) -> dict:
     options = {
         "beam_width": max(arguments.beam, arguments.captions),
         "start": arguments.start,
-        "must": arguments.must,
-        "never": arguments.never,
+        "must": " ".join(arguments.must),
+        "never": " ".join(arguments.never),
         "max_chars": arguments.max_chars,
     }
     if sampling:
@@ -681,13 +702,10 @@ def complete_sidecars(output: JsonLines, folder: Path) -> None:
 
 def bar(arguments: argparse.Namespace, plain: bool):
     """Return a progress bar on standard error, endless if the inputs cannot be listed first."""
-    from tqdm import tqdm
-
     total = None
     if not plain and not any(given == "-" or ".tar" in given for given in arguments.photos):
         total = sum(1 for _ in find_photos(arguments.photos))
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=total, unit="photo", mininterval=interval, disable=plain)
+    return st.progress(total=total, unit="photo", disable=plain)
 
 
 def run_on_ray(arguments: argparse.Namespace) -> int:

@@ -278,8 +278,8 @@ def test_no_photos_and_wrong_options_are_one_sentence(photos, stub, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="No photos in"):
         run(tmp_path / "empty")
-    with pytest.raises(ValueError, match="max_chars is 7"):
-        run(photos, "--max-chars", 7)
+    with pytest.raises(ValueError, match="top_p is 7"):
+        run(photos, "--top-p", 7)
     with pytest.raises(ValueError, match="needs --out FILE"):
         run(photos, "--to", "parquet")
 
