@@ -110,14 +110,10 @@ def replacing(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            if temporary.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
@@ -176,15 +172,16 @@ def own_files(folder: Path | str, index: str) -> tuple[dict, dict[str, Path]]:
     folder = Path(folder)
     for _attempt in range(3):  # another process may be moving them just now
         says, files = read_json(folder / index), {}
-        if "files" not in says:
+        listed = says.pop("files", None)
+        if listed is None:
             paths = (path for path in folder.rglob("*") if path.is_file())
             return says, {path.relative_to(folder).as_posix(): path for path in paths}
-        for name, digest in says["files"].items():
+        for name, digest in listed.items():
             places = [folder / name, folder / ".new" / name]
             fitting = [path for path in places if path.is_file() and sha256(path) == digest]
             if fitting or name.endswith(".md"):
                 files[name] = (fitting or places)[0]
-        missing = sorted(says["files"].keys() - files.keys())
+        missing = sorted(listed.keys() - files.keys())
         if not missing:
             return says, files
     raise ArtifactError(
@@ -4243,12 +4240,14 @@ class Storyteller:
         folder = Path(folder_or_hub_id)
         if not folder.is_dir():
             folder = _download_model(str(folder_or_hub_id))
-        config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
-        weights, _ = load_weights(folder / "model.safetensors")
+        config, files = own_files(folder, "config.json")
+        vocab = Vocab.load(files.get("vocab.json", folder / "vocab.json"))
+        weights, _ = load_weights(files.get("model.safetensors", folder / "model.safetensors"))
         known = weights.pop("known", None)
         try:
             captioner = _build_captioner(config, vocab, rename_weights(weights))
-            storyteller = cls(config, vocab, captioner.to(device), folder)
+            own = files.get("backbone.safetensors", folder / "backbone.safetensors")
+            storyteller = cls(config, vocab, captioner.to(device), own.parent)
             if known is not None:
                 storyteller.known = known.to(device, torch.float32)
                 storyteller.confidence([0.0], captioner.mean[None])
@@ -4266,19 +4265,19 @@ class Storyteller:
         These are model.safetensors (float16), vocab.json, README.md, config.json and, unless a
         package brings the backbone's weights, backbone.safetensors.
         """
-        folder = Path(folder)
         weights = dict(self.captioner.state_dict())
         if self.known is not None:
             weights["known"] = self.known
         halves = {
             name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()
         }
-        save_weights(folder / "model.safetensors", halves)
-        if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
-            self.backbone.save(folder / "backbone.safetensors")
-        self.vocab.save(folder / "vocab.json")
-        write_text(folder / "README.md", model_card(self.config))
-        write_text(folder / "config.json", json.dumps(self.config, ensure_ascii=False) + "\n")
+        with replacing_files(folder, "config.json") as new:
+            save_weights(new / "model.safetensors", halves)
+            if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
+                self.backbone.save(new / "backbone.safetensors")
+            self.vocab.save(new / "vocab.json")
+            write_text(new / "README.md", model_card(self.config))
+            write_json(new / "config.json", self.config)
 
     @property
     def backbone(self) -> Backbone:

@@ -1,4 +1,4 @@
-"""Run stages in tests as their notebooks do, with the defaults that stand in their parameter cells."""
+"""Run stages in tests as their notebooks do, with the defaults of their parameter cells."""
 
 from functools import cache
 from pathlib import Path

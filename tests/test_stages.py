@@ -1,10 +1,12 @@
-"""Stages, manifests, settings, the worker's launch, precision, and what importing the module costs."""
+"""Stages, manifests, settings, workers, precision, and what importing the module costs."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,28 @@ def finished(stage: str, data: str, text: str = "one\n", read: tuple = (), **set
 
 
 # What finish writes
+
+
+def test_a_stage_whose_worker_stopped_gets_no_manifest_until_it_has_gone_on(here, data, capsys):
+    run = begin_stage(VOCAB, dataset_dir=data)
+    st.set_status(run.out, stopped={"epoch": 1})
+    run.finish()
+    run = begin_stage(VOCAB, dataset_dir=data)
+    run.finish()
+    assert capsys.readouterr().out.count("is not finished: no later notebook will take it") == 2
+    st.set_status(run.out, stopped={})
+    run.finish()
+    assert os.listdir(run.out) == ["manifest.json"]
+
+
+def test_what_is_older_than_a_run_is_of_a_finished_one_and_an_unfinished_run_goes_on(here, data):
+    assert begin_stage(VOCAB, dataset_dir=data).job()["began"] == 0
+    finished(VOCAB, data)
+    ended = (here / "outputs" / VOCAB / "manifest.json").stat().st_mtime
+    for _attempt in range(2):
+        assert begin_stage(VOCAB, dataset_dir=data).job()["began"] == ended
+    (here / "outputs" / VOCAB / "status.json").write_text("{")  # as damaged as may be
+    assert begin_stage(VOCAB, dataset_dir=data).job()["began"] == 0
 
 
 def test_a_stage_is_finished_by_its_manifest_alone(here, data):
@@ -76,7 +100,7 @@ def test_the_manifest_lists_every_file_with_its_size_and_sha256(here, data):
         check=True,
     ).stdout.split()
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == dict(
-        zip(listed[1::2], listed[::2])
+        zip(listed[1::2], listed[::2], strict=True)
     )
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
         "table.csv": 4,
@@ -351,6 +375,44 @@ def test_a_setting_that_is_not_allowed_is_named_with_its_value(here, stage, sett
     assert not (here / "outputs").exists()
 
 
+@pytest.mark.parametrize("given, expected", [(2024, "2024"), (1.5, "1.5"), ("~", "/home/me")])
+def test_a_number_for_a_name_is_its_text_and_a_tilde_the_home(here, monkeypatch, given, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = parameters(VOCAB, dataset_dir=given)
+    assert st.VocabSettings(**values).dataset_dir == expected
+
+
+def test_a_parameter_that_the_notebook_lacks_is_named(here):
+    values = parameters(VOCAB)
+    del values["min_count"]
+    with pytest.raises(ValueError, match="02_vocab lacks the parameter min_count"):
+        st.start(VOCAB, values)
+
+
+def test_an_injected_parameter_that_no_setting_takes_is_named(here, monkeypatch):
+    cells = ["", "# Parameters\nmin_cuont = 3\nseed = 1\n"]
+    monkeypatch.setattr(sys.modules["__main__"], "In", cells, raising=False)
+    with pytest.raises(ValueError, match="02_vocab has no parameter min_cuont; it has dataset_dir"):
+        begin_stage(VOCAB)
+
+
+def test_none_is_the_recipes_value_and_zero_is_none_of_it():
+    settings = st.TrainSettings(**parameters(TRAIN, dropout=0, epochs=3))
+    recipe = st.RECIPES["original"]
+    assert settings.resolved() == recipe | {"dropout": 0, "epochs": 3}
+
+
+def test_a_parameter_changed_after_the_start_stops_the_finish(here, data):
+    variables = parameters(VOCAB, dataset_dir=data)
+    run = st.start(VOCAB, variables)
+    variables["min_count"] = 2
+    with pytest.raises(ValueError, match=r"min_count is 2 now, but was 5 when 02_vocab started"):
+        run.finish()
+    assert not (run.out / "manifest.json").exists()
+    variables["min_count"] = 5
+    run.finish()
+
+
 @pytest.mark.parametrize("stage", st.STAGES)
 def test_an_unknown_setting_is_refused_by_its_name(here, stage):
     with pytest.raises((ValueError, TypeError), match="bacth_size"):
@@ -377,23 +439,241 @@ def test_a_file_is_replaced_whole_or_not_at_all(here):
     assert Path("note.txt").read_text() == "new" and os.listdir() == ["note.txt"]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(here):
-    def write(text, fail=False):
-        with st.replacing("model") as temporary:
-            temporary.mkdir()
-            (temporary / text).write_text(text)
-            if fail:
-                raise RuntimeError("stopped")
+class Killed(BaseException):
+    """Stands for the end of the process, after which nothing cleans up."""
 
-    write("old")
-    with pytest.raises(RuntimeError, match="stopped"):
-        write("half", fail=True)
-    assert os.listdir() == ["model"] and os.listdir("model") == ["old"]
-    write("new")
-    assert os.listdir() == ["model"] and os.listdir("model") == ["new"]
+
+def killed_at(monkeypatch, moment: int, write) -> bool:
+    """Run `write` until its `moment`-th change of the disk. Returns whether it came to that."""
+    changes = 0
+
+    def dying(real):
+        def change(*arguments, **options):
+            nonlocal changes
+            changes += 1
+            if changes >= moment:  # nor does anything after it
+                raise Killed
+            return real(*arguments, **options)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        patch.setattr(Path, "write_text", dying(Path.write_text))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        try:
+            write()
+        except Killed:
+            return True
+    return False
+
+
+def write_folder(text: str, *names: str) -> None:
+    with st.replacing_files("model", "config.json") as new:
+        st.write_json(new / "config.json", {"text": text})
+        for name in names:
+            st.write_text(new / name, f"{text} {name}")
+
+
+def read_folder() -> tuple[str, dict]:
+    says, files = st.own_files("model", "config.json")
+    return says["text"], {name: path.read_text() for name, path in files.items()}
+
+
+def test_a_folders_files_are_all_old_or_all_new_wherever_their_writer_is_killed(here, monkeypatch):
+    texts, seen = ["old", "new"], set()
+    for moment in range(1, 100):
+        shutil.rmtree("model", ignore_errors=True)
+        write_folder("old", "a.bin", "b.bin", "gone.bin")
+        Path("model/mine.txt").write_text("mine")
+        ended = not killed_at(
+            monkeypatch, moment, lambda: write_folder("new", "a.bin", "parts/c.bin", "README.md")
+        )
+        text, files = read_folder()
+        names = (
+            ["a.bin", "b.bin", "gone.bin"]
+            if text == "old"
+            else ["README.md", "a.bin", "parts/c.bin"]
+        )
+        assert {n: files[n] for n in names if n != "README.md"} == {
+            n: f"{text} {n}" for n in names if n != "README.md"
+        }
+        assert Path("model/mine.txt").read_text() == "mine"
+        seen.add(text)
+        write_folder("third", "a.bin")  # the next writer takes over
+        assert read_folder() == ("third", {"a.bin": "third a.bin"})
+        assert not Path("model/.new").exists()
+        if ended:
+            break
+    assert ended and seen == set(texts) and moment > 10
+
+
+def test_a_file_of_another_writing_is_refused_and_a_card_may_be_edited(here):
+    write_folder("one", "a.bin", "README.md")
+    Path("model/README.md").write_text("edited")
+    assert read_folder()[1]["README.md"] == "edited"
+    Path("model/a.bin").write_text("two a.bin")
+    with pytest.raises(st.ArtifactError, match=r"model/a\.bin is missing or is not the one"):
+        st.own_files("model", "config.json")
+
+
+def test_what_an_earlier_writing_left_goes_unless_it_was_changed(here):
+    write_folder("old", "a.bin", "b.bin")
+    Path("model/b.bin").write_text("mine now")
+    write_folder("new")
+    assert sorted(os.listdir("model")) == ["b.bin", "config.json"]
+
+
+def test_an_index_that_lists_no_files_takes_those_that_are_there(here):
+    st.write_json("model/config.json", {"text": "before files were listed"})
+    Path("model/a.bin").write_text("a")
+    assert st.own_files("model", "config.json")[1]["a.bin"] == Path("model/a.bin")
+
+
+def test_a_stage_that_is_killed_anywhere_in_finish_is_unfinished_or_whole(here, data, monkeypatch):
+    outcomes = set()
+    for moment in range(1, 20):
+        run = begin_stage(VOCAB, dataset_dir=data)
+        (run.out / "table.csv").write_text("one\n")
+        killed = killed_at(monkeypatch, moment, run.finish)
+        if (run.out / "manifest.json").is_file():
+            assert (st.find_artifact(VOCAB) / "table.csv").read_text() == "one\n"
+            outcomes.add("whole")
+        else:
+            with pytest.raises(st.ArtifactError, match="stopped before it was finished"):
+                st.find_artifact(VOCAB)
+            outcomes.add("unfinished")
+        if not killed:
+            break
+    assert outcomes == {"whole", "unfinished"} and not killed
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(here, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    path = here / "large.bin"
+    path.write_bytes(bytes(2**24))
+    first = st.sha256(path)
+    assert not (here / "cache").exists()  # so young a file could change within its clock's tick
+    long_ago = os.stat(path).st_mtime_ns - 10**10
+    monkeypatch.setattr(st.time, "time", lambda real=st.time.time: real() + 10)
+    assert st.sha256(path) == first
+    (note,) = (here / "cache/storyteller").iterdir()
+    note.write_text("it was asked")
+    assert st.sha256(path) == "it was asked"
+    with open(path, "rb+") as file:
+        file.write(b"x")
+    os.utime(path, ns=(long_ago, long_ago))
+    assert st.sha256(path) not in (first, "it was asked")
+
+
+# Memory and bars
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_the_memory_limit_is_the_containers_where_that_is_less(tmp_path, name):
+    machine = st.memory_limit(tmp_path)
+    (tmp_path / "memory").mkdir()
+    for text, limit in (("max", machine), (str(2**62), machine), ("123456789", 123456789)):
+        (tmp_path / name).write_text(f"{text}\n")
+        assert st.memory_limit(tmp_path) == limit
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
+    import resource
+
+    monkeypatch.setattr(sys, "platform", platform)
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert kib * unit <= st.peak_memory() < kib * unit * 100
+
+
+def test_away_from_a_terminal_a_bar_is_a_few_whole_lines(capsys):
+    for _ in st.progress(range(1000), desc="reading", total=1100, initial=100):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3 and all("reading" in line for line in lines)
+    assert "1100/1100" in lines[-1] and "\r" not in "".join(lines)
 
 
 # Workers
+
+
+@pytest.fixture
+def stand_in(here, data, monkeypatch):
+    """Put a program in the place of the module that `launch` starts, and begin a stage."""
+
+    def put(program: str) -> st.Run:
+        (here / "worker.py").write_text(program)
+        monkeypatch.setattr(st, "__file__", str(here / "worker.py"))
+        return begin_stage(FEATURES, dataset_dir=data)
+
+    return put
+
+
+def test_no_character_is_split_where_output_comes_in_blocks(stand_in, capsys):
+    text = "€" * 5000
+    run = stand_in(f"print({text!r})")
+    st.launch("extract", run)
+    assert capsys.readouterr().err == f"{text}\n"
+
+
+def test_the_first_error_is_raised_and_a_killed_worker_is_said(stand_in):
+    run = stand_in(
+        "import sys\n"
+        "print('storyteller: ArtifactError: first\\n  its second line', 'x' * 9000, sep='\\n')\n"
+        "sys.exit('\\nstoryteller: ValueError: lost a peer')"
+    )
+    with pytest.raises(st.ArtifactError, match=r"^first\nits second line$"):
+        st.launch("extract", run)
+    run = stand_in("import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match=r"status -9 \(one was killed, often for want of memory"):
+        st.launch("extract", run)
+
+
+def test_a_worker_started_by_hand_prints_its_error(here):
+    done = subprocess.run(
+        [sys.executable, st.__file__, "train", "nowhere/status.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "storyteller: ArtifactError: nowhere/status.json is missing" in done.stderr
+
+
+def test_a_worker_ends_with_its_notebook(stand_in, here):
+    run = stand_in(
+        f"import sys, time\nsys.path.insert(0, {str(Path(st.__file__).parent)!r})\n"
+        "import storyteller_utils as st\n"
+        "def wait(job):\n    open('working', 'w').close()\n    time.sleep(60)\n"
+        "st._work(wait, sys.argv[2])"
+    )
+    st.set_status(run.out, job=run.job())
+    command = [sys.executable, str(here / "worker.py"), "extract", str(run.out / "status.json")]
+    environment = {**os.environ, "STORYTELLER_NOTEBOOK": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as worker:
+        while not (here / "working").exists():
+            assert worker.poll() is None
+            time.sleep(0.05)
+        worker.stdin.close()
+        assert worker.wait(20) == -signal.SIGTERM
+
+
+def test_a_stage_runs_once_at_a_time(here, data):
+    run = begin_stage(VOCAB, dataset_dir=data)
+    program = f"from support import begin_stage\nbegin_stage({VOCAB!r}, dataset_dir={data!r})"
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(st.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": places}
+
+    def other():
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
+
+    assert f"Another run works in outputs/{VOCAB}" in other()
+    begin_stage(VOCAB, dataset_dir=data)  # the same notebook's first cell again
+    (run.out / "table.csv").write_text("one\n")
+    run.finish()
+    assert other() == ""
 
 
 def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
@@ -403,7 +683,7 @@ def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
         backbone="resnet50",
         backbone_weights=str(here / "gone.safetensors"),
     )
-    with pytest.raises(st.ArtifactError, match="gone.safetensors holds no weights") as error:
+    with pytest.raises(st.ArtifactError, match=r"gone\.safetensors holds no weights") as error:
         st.launch("extract", run)
     assert "Traceback" not in str(error.value)
     assert [path.name for path in run.out.iterdir()] == ["status.json"]
@@ -413,7 +693,7 @@ def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
     run = begin_stage(
         FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights="IMAGENET1K_V9"
     )
-    with pytest.raises(ValueError, match="IMAGENET1K_V9.*IMAGENET1K_V2"):
+    with pytest.raises(ValueError, match=r"IMAGENET1K_V9.*IMAGENET1K_V2"):
         st.launch("extract", run)
 
 
@@ -461,7 +741,8 @@ def test_precision_follows_from_the_hardware_unless_it_is_given(
 def test_importing_the_module_is_silent_touches_no_disk_and_loads_torch_and_numpy_only(here):
     program = (
         "import sys, storyteller_utils\n"
-        "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub rouge_score safetensors'\n"
+        "heavy = 'pandas matplotlib torchvision sklearn nltk gradio PIL huggingface_hub '\n"
+        "heavy += 'rouge_score safetensors filelock'\n"
         "sys.exit(' '.join(name for name in heavy.split() if name in sys.modules) or 0)"
     )
     result = subprocess.run(
