@@ -2586,7 +2586,12 @@ def extract_worker(job: dict) -> None:
             backbone.save(out / "backbone.safetensors")
         _join_shards(shards, names, out, views)
         write_json(
-            out / ".backbone.json", {"backbone": backbone.name, "backbone_sha256": backbone.sha256}
+            out / ".backbone.json",
+            {
+                "backbone": backbone.name,
+                "backbone_sha256": backbone.sha256,
+                "precision": str(dtype),
+            },
         )
         shutil.rmtree(partial_dir)
 
@@ -4541,38 +4546,37 @@ def _card_table(title: str, header: tuple, rows: list[tuple]) -> str:
     return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 10. Scores
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 METRICS = (
-    "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-1 ROUGE-2 ROUGE-L CIDEr-D precision recall F1".split()
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "ROUGE-1",
+    "ROUGE-2",
+    "ROUGE-L",
+    "CIDEr-D",
+    "precision",
+    "recall",
+    "F1",
 )
 Words = list[str]
+TURNS = 10  # in which people are scored at most: time grows with captions, not with their square
 
 
-def bleu_statistics(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
-    """Count what corpus BLEU is made of, photo by photo, so that any set of photos can be summed.
-
-    Returns (N, 10): clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest
-    reference length (the shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
-    """
-    rows = [
-        _bleu_row(_ngrams(words), _clips(group), group)
-        for words, group in zip(hypotheses, references, strict=True)
-    ]
-    return np.array(rows, dtype=np.float64).reshape(-1, 10)
-
-
-def bleu(statistics: np.ndarray) -> np.ndarray:
-    """Compute unsmoothed BLEU-1..4 (..., 4) of the photos with these statistics (..., N, 10)."""
+def _bleu(statistics: np.ndarray) -> np.ndarray:
+    """Compute unsmoothed corpus BLEU-1..4 (..., 4) of photos with these counts (..., N, 10)."""
     sums = statistics.sum(axis=-2)
     brevity = np.exp(np.minimum(0, 1 - sums[..., 9:] / np.maximum(sums[..., 8:9], 1)))
     precisions = sums[..., :4] / np.maximum(sums[..., 4:8], 1)  # 0 without a match
     return brevity * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, 5))
 
 
-def _ngrams(words: Words) -> dict[str, int]:
+def _ngrams(words: Sequence[str]) -> dict[str, int]:
     """Count the 1- to 4-grams, joined by spaces: a string keeps its hash, a tuple does not."""
     shifted = words[1:], words[2:], words[3:]
     longer = itertools.chain.from_iterable(
@@ -4591,6 +4595,11 @@ def _clips(references: list[Words]) -> dict[str, int]:
 
 
 def _bleu_row(counts: dict, most: dict, references: list[Words]) -> list[float]:
+    """Count what corpus BLEU is made of (10), so that any set of photos can be summed.
+
+    Clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length (the
+    shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
+    """
     matches, totals = [0] * 4, [0] * 4
     for ngram, count in counts.items():
         order = ngram.count(" ")
@@ -4628,11 +4637,12 @@ class CiderD:
         ]
 
     def score(self, hypotheses: list[Words], photos: Sequence[int] | None = None) -> np.ndarray:
-        """Score each hypothesis (H,); photos (H,): whose references; None: one a photo, in order."""
+        """Score hypotheses (H,); photos (H,): which photo each is of; None: one each, in order."""
         photos = range(len(self._references)) if photos is None else photos
         if len(photos) != len(hypotheses):
             raise ValueError(
-                f"{len(hypotheses)} captions for {len(photos)} photos: photos= takes one for each caption"
+                f"{len(hypotheses)} captions for {len(photos)} photos: "
+                "photos= takes one for each caption"
             )
         pairs = zip(hypotheses, photos, strict=True)
         return np.array([self._score(words, self._references[i]) for words, i in pairs], float)
@@ -4662,220 +4672,213 @@ class CiderD:
 
 
 @cache
-def find_wordnet(download: bool = True):
-    """Return NLTK's WordNet, downloaded where that is needed and allowed, or None (after at most some seconds)."""
+def find_wordnet():
+    """Return NLTK's WordNet, downloaded where it is missing, or None after some seconds."""
     import zipfile
 
     import nltk
 
-    for fetch in (False, True)[: 1 + download]:
-        if fetch:
-            socket.setdefaulttimeout(10)
-            nltk.download(
-                "wordnet", quiet=True, print_error_to=io.StringIO()
-            )  # returns False when it fails
-            socket.setdefaulttimeout(None)
+    for download in (False, True):
+        if download:
+            patience = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(10)  # NLTK has no timeout of its own
+            try:
+                nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
+            finally:
+                socket.setdefaulttimeout(patience)
         with contextlib.suppress(LookupError, zipfile.BadZipFile):
-            return nltk.corpus.wordnet.ensure_loaded() or nltk.corpus.wordnet
+            nltk.corpus.wordnet.ensure_loaded()
+            return nltk.corpus.wordnet
+    return None
 
 
 @cache
 def _meteor_lookups(wordnet) -> dict:
-    # NLTK asks for the same stems and synonyms again at every pair of sentences.
+    # NLTK asks for the same stems and synonyms at every pair; kept, they save three quarters.
     from nltk.stem.porter import PorterStemmer
 
-    @cache
-    def synsets(word: str) -> list:
-        names = (
-            {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()}
-            if wordnet
-            else ()
-        )
-        return [SimpleNamespace(lemmas=[SimpleNamespace(name=name.__str__) for name in names].copy)]
-
+    synsets = wordnet.synsets if wordnet else lambda word: ()
     return {
         "stemmer": SimpleNamespace(stem=cache(PorterStemmer().stem)),
-        "wordnet": SimpleNamespace(synsets=synsets),
+        "wordnet": SimpleNamespace(synsets=cache(synsets)),
     }
 
 
-def meteor(
-    hypotheses: list[Words], references: list[list[Words]], wordnet=None
-) -> tuple[np.ndarray, str]:
-    """Compute NLTK's METEOR (N,), with what `find_wordnet` gave, and the label that its row must carry."""
-    from nltk.translate.meteor_score import meteor_score
+def _photo_scores(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
+    """Score photos one by one (N, 18): what BLEU is made of, then METRICS from METEOR on.
 
-    lookups = _meteor_lookups(wordnet)
-    scores = np.array(
-        [meteor_score(group, words, **lookups) for words, group in zip(hypotheses, references)]
-    )
-    return (
-        scores,
-        "METEOR (NLTK)" if wordnet else "METEOR (NLTK, no WordNet: exact and stem matches only)",
-    )
-
-
-def word_overlap(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
-    """Compute ROUGE-1, -2, -L (F1, best reference, no stemming; Lin, 2004), then token precision, recall and F1.
-
-    Returns (N, 6). Token scores compare multisets, with the reference of best F1; that F1 is ROUGE-1 by another name.
+    METEOR is NLTK's; ROUGE-1, -2 and -L (F1, best reference, no stemming; Lin, 2004) are of
+    rouge-score. Precision, recall and F1 compare multisets of tokens, with the reference of best
+    F1; that F1 is ROUGE-1 by another name.
     """
+    from nltk.translate.meteor_score import meteor_score
     from rouge_score.rouge_scorer import RougeScorer
 
+    if not references or len(hypotheses) != len(references) or not all(references):
+        raise ValueError(
+            f"{len(hypotheses)} captions for {len(references)} photos, of which "
+            f"{sum(map(bool, references))} have references: "
+            "score one caption for each photo that has."
+        )
+    lookups = _meteor_lookups(find_wordnet())
     scorer = RougeScorer(
         ["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=str.split)
     )
-    pairs = (
-        (" ".join(words), [*map(" ".join, group)]) for words, group in zip(hypotheses, references)
-    )
-    rows = [scorer.score_multi(group, words) for words, group in pairs]
-    return np.array(
-        [[*(one.fmeasure for one in row.values()), *row["rouge1"]] for row in rows]
-    ).reshape(-1, 6)
+    ciders = CiderD(references).score(hypotheses)  # (N,)
+    rows = []
+    for words, group, cider in zip(hypotheses, references, ciders, strict=True):
+        rouge = scorer.score_multi([" ".join(other) for other in group], " ".join(words))
+        rows.append(
+            [
+                *_bleu_row(_ngrams(words), _clips(group), group),
+                meteor_score(group, words, **lookups),
+                *(score.fmeasure for score in rouge.values()),
+                cider,
+                *rouge["rouge1"],
+            ]
+        )
+    return np.array(rows)
 
 
 def score_captions(
-    hypotheses: list[Words],
-    references: list[list[Words]],
-    cider: CiderD | None = None,
-    seed: int = 13,
-) -> dict:
+    hypotheses: list[Words], references: list[list[Words]], seed: int = 13
+) -> dict[str, dict]:
     """Score one caption a photo by every metric.
 
     hypotheses  (N) token lists, one a photo
     references  (N) lists of token lists, of any number >= 1
-    cider       built on `references`, for document frequencies of other photos; None: their own
 
-    Returns {metric: {"value", "low", "high"}} for METRICS, low to high being the 95 % bootstrap interval over photos,
-    and "mean length", "distinct words", "distinct captions" (share), "METEOR label".
+    Returns {metric: {"value", "low", "high"}} for METRICS, low to high being the 95 % bootstrap
+    interval over photos, and "mean length", "distinct words", "distinct captions" (a share),
+    "METEOR label".
     """
-    if not references or len(hypotheses) != len(references) or not all(references):
-        raise ValueError(
-            f"{len(hypotheses)} captions for {len(references)} photos, of which "
-            f"{sum(map(bool, references))} have references: score one caption for each photo that has."
-        )
-    return _score_turns([(hypotheses, references)], seed, cider)
+    return _summarise([(_photo_scores(hypotheses, references), hypotheses)], seed)[0]
 
 
-def people_row(references: list[list[Words]], seed: int = 13) -> dict | None:
-    """Score people: every caption in turn against the others of its photo, averaged over the turns.
+def score_rows(
+    captions: dict[str, list[Words]],
+    references: list[list[Words]],
+    best: str = "",
+    seed: int = 13,
+) -> dict[str, dict]:
+    """Score the rows of the score table, and people: each caption against its photo's others.
 
-    Returns what `score_captions` does and "references", the others' number ("four references"); None where no photo
-    has two captions. A photo with fewer captions than another has its turns again.
+    captions    {name of the row: token lists, one a photo}
+    references  (N) lists of token lists, of any number >= 1
+    best        the row that the others are compared with
+
+    Returns {name: what `score_captions` returns}. The metrics of a row other than `best` have
+    "difference" besides, the 95 % interval of how far it is above `best`, from the same resamples.
+    People are named by the others' number, "people (four references)", and averaged over turns;
+    of a photo with more than TURNS captions, so many are scored. There is no such row where no
+    photo has two captions, nor a difference where some photo has only one.
     """
+    turns = [(name, said, references) for name, said in captions.items()] + _people(references)
+    scored = defaultdict(list)
+    for name, said, others in progress(turns, unit="row", delay=1):
+        scored[name].append((_photo_scores(said, others), said))
+    rows, resamples = {}, {}
+    for name, of in scored.items():
+        rows[name], resamples[name] = _summarise(of, seed)
+    for name in rows.keys() - {best}:
+        if best in rows and len(scored[name][0][1]) == len(references):
+            above = np.percentile(resamples[name] - resamples[best], (2.5, 97.5), axis=0).T
+            for metric, interval in zip(METRICS, above.tolist(), strict=True):
+                rows[name][metric]["difference"] = interval
+    return rows
+
+
+def _people(references: list[list[Words]]) -> list[tuple[str, list[Words], list[list[Words]]]]:
+    """Return the turns of the row of people: its name, one caption a photo, and the others."""
     groups = [group for group in references if len(group) > 1]
     if not groups:
-        return None
-    least, most = min(map(len, groups)) - 1, max(map(len, groups)) - 1
-    turned = (
-        [group[turn % len(group) :] + group[: turn % len(group)] for group in groups]
-        for turn in range(most + 1)
-    )
-    scores = _score_turns(
-        [([group[0] for group in turn], [group[1:] for group in turn]) for turn in turned], seed
-    )
-    number = {(1, 1): "one", (4, 4): "four"}.get(
-        (least, most), f"{least}-{most}" if least < most else most
-    )
-    return scores | {"references": f"{number} reference{'s' * (most > 1)}"}
+        return []
+    sizes = [len(group) - 1 for group in groups]
+    least, most = min(sizes), max(sizes)
+    number = f"{least}-{most}" if least < most else {1: "one", 4: "four"}.get(most, most)
+    name = f"people ({number} reference{'s' * (most > 1)})"
+    result = []
+    turns = min(most + 1, TURNS)
+    for turn in range(turns):
+        others = [list(group) for group in groups]
+        said = [group.pop(turn * len(group) // turns) for group in others]
+        result.append((name, said, others))
+    return result
 
 
-def _score_turns(turns: list[tuple], seed: int, cider: CiderD | None = None) -> dict:
-    tables, wording, photos, rng = [], [], len(turns[0][0]), np.random.default_rng(seed)
-    for hypotheses, references in turns:
-        meteors, label = meteor(hypotheses, references, find_wordnet())
-        ciders, overlap = (
-            (cider or CiderD(references)).score(hypotheses),
-            word_overlap(hypotheses, references).T,
-        )
-        counts = bleu_statistics(hypotheses, references)
-        tables.append(np.column_stack([counts, meteors, *overlap[:3], ciders, *overlap[3:]]))
-        wording.append(
-            (
-                np.mean([len(words) for words in hypotheses]),
-                len(set().union(*hypotheses)),
-                len(set(map(tuple, hypotheses))) / photos,
-            )
-        )
+def _summarise(turns: list[tuple], seed: int) -> tuple[dict[str, dict], np.ndarray]:
+    """Average turns of (scores (N, 18), captions). Returns a row and its resamples (1000, 12)."""
+    tables = np.stack([scores for scores, _ in turns])  # (turns, N, 18)
+    photos = tables.shape[1]
 
     def metrics(sums: np.ndarray) -> np.ndarray:  # (turns, ..., 18) -> (..., 12)
-        return np.concatenate([bleu(sums[..., None, :10]), sums[..., 10:] / photos], axis=-1).mean(
-            axis=0
-        )
+        values = [_bleu(sums[..., None, :10]), sums[..., 10:] / photos]
+        return np.concatenate(values, axis=-1).mean(axis=0)
 
-    # A resample of photos is a row of counts, so its sums are a matrix product. With one seed for all rows of the score
-    # table all see the same resamples, and differences between rows are paired. CIDEr-D's frequencies stay as they are.
+    # A resample of photos is a row of counts, so its sums are a matrix product. With one seed all
+    # rows see the same resamples, and are paired. CIDEr-D's frequencies stay as they are.
+    rng = np.random.default_rng(seed)
     drawn = [
-        metrics(rng.multinomial(photos, np.full(photos, 1 / photos), 100) @ np.stack(tables))
+        metrics(rng.multinomial(photos, np.full(photos, 1 / photos), 100) @ tables)
         for _ in range(10)
     ]
-    low, high = np.percentile(np.concatenate(drawn), (2.5, 97.5), axis=0).tolist()
-    rows = zip(METRICS, metrics(np.sum(tables, axis=1)).tolist(), low, high)
-    scores = {
-        name: {"value": value, "low": least, "high": most} for name, value, least, most in rows
+    resamples = np.concatenate(drawn)  # (1000, 12)
+    low, high = np.percentile(resamples, (2.5, 97.5), axis=0).tolist()
+    values = metrics(tables.sum(axis=1)).tolist()
+    row = {
+        metric: {"value": values[i], "low": low[i], "high": high[i]}
+        for i, metric in enumerate(METRICS)
     }
-    wording = dict(
-        zip(
-            ("mean length", "distinct words", "distinct captions"),
-            np.mean(wording, axis=0).tolist(),
+    wording = [
+        (
+            np.mean(list(map(len, said))),
+            len(set().union(*said)),
+            len(set(map(tuple, said))) / photos,
         )
-    )
-    return scores | wording | {"METEOR label": label}
+        for _, said in turns
+    ]
+    names = ("mean length", "distinct words", "distinct captions")
+    row |= zip(names, np.mean(wording, axis=0).tolist(), strict=True)
+    synonyms = "" if find_wordnet() else ", no WordNet: exact and stem matches only"
+    row["METEOR label"] = f"METEOR (NLTK{synonyms})"
+    return row, resamples
 
 
 def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Words:
-    """Find the one training caption that scores best by BLEU-4 when it is given for every photo."""
-    # 2,000 photos stand for all (seconds, not minutes). Every caption of theirs is ranked by its BLEU-4 against the
-    # average photo, whose count of an n-gram is the share of photos that have it; the best 50 are then truly scored.
+    """Return the training caption that scores best by BLEU-4 when it is given for every photo."""
+    # 2,000 photos stand for all (seconds, not minutes). Every caption of theirs is ranked by its
+    # BLEU-4 against the average photo, whose count of an n-gram is the share of photos that have
+    # it; the best 50 are then scored in earnest.
     rows = np.random.default_rng(seed).permutation(len(train_references))[:2000]
     groups = [train_references[row] for row in rows]
-    most = [_clips(group) for group in groups]
-    share = {
-        ngram: count / len(groups)
-        for ngram, count in Counter(ngram for one in most for ngram in one).items()
-    }
-    counts = {tuple(words): _ngrams(words) for group in groups for words in group}
+    clips = [_clips(group) for group in groups]
+    photos = Counter(itertools.chain.from_iterable(clips))
+    average = {ngram: count / len(groups) for ngram, count in photos.items()}
 
-    def score(words: tuple) -> float:
-        return bleu(np.array([_bleu_row(counts[words], *one) for one in zip(most, groups)]))[3]
+    def bleu4(words: tuple, most: list[dict], references: list[list]) -> float:
+        counts = _ngrams(words)
+        pairs = zip(most, references, strict=True)
+        return _bleu(np.array([_bleu_row(counts, *pair) for pair in pairs]))[3]
 
-    finalists = sorted(
-        counts, key=lambda words: -bleu(np.array([_bleu_row(counts[words], share, [words])]))[3]
-    )[:50]
-    return list(max(finalists, key=score))
-
-
-def nearest_captions(
-    train_features: np.ndarray, train_references: list[list[Words]], features: np.ndarray
-) -> list:
-    """Caption each photo (M, D) by the first caption of the training photo (N, D) most similar to it by cosine."""
-    from sklearn.neighbors import NearestNeighbors
-
-    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
-        np.asarray(train_features, np.float32)
-    )
-    rows = index.kneighbors(np.asarray(features, np.float32), return_distance=False)[:, 0]
-    return [train_references[row][0] for row in rows]
+    candidates = dict.fromkeys(tuple(words) for group in groups for words in group)
+    ranked = sorted(candidates, key=lambda words: -bleu4(words, [average], [[words]]))
+    finalists = progress(ranked[:50], unit="caption", delay=1)
+    return list(max(finalists, key=lambda words: bleu4(words, clips, groups)))
 
 
-def copied_share(hypotheses: list[Words], train_references: list[list[Words]]) -> float:
-    """Compute the share of hypotheses that are, word for word, some training caption."""
-    seen = {tuple(words) for group in train_references for words in group}
-    return sum(tuple(words) in seen for words in hypotheses) / max(len(hypotheses), 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 11. Showing
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """Return a matplotlib Figure of so many inches and its axes; a notebook shows it as a small JPEG, and nothing else does."""
+    """Return a matplotlib Figure of so many inches and its axes; notebooks show it as a JPEG."""
     from matplotlib.figure import Figure
 
     class Picture(Figure):
         def _repr_jpeg_(self) -> bytes:
-            self.savefig(buffer := io.BytesIO(), format="jpeg", dpi=60, pil_kwargs={"quality": 75})
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="jpeg", dpi=60, pil_kwargs={"quality": 75})
             return buffer.getvalue()
 
     figure = Picture(figsize=(width, height), layout="constrained")
@@ -4883,7 +4886,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
 
 def loss_curves(history):
-    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a matplotlib Figure."""
+    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a Figure."""
     figure, (left, right) = new_figure(9, 3, 1, 2)
     left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
     left.plot(history["epoch"], history["val_loss"], label="validation")
@@ -4899,7 +4902,7 @@ def loss_curves(history):
 def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     """Draw photos with their captions below, `columns` a row.
 
-    photos  paths, PIL images or arrays
+    photos  paths, PIL images or arrays; what cannot be read becomes a grey tile with the reason
     texts   what stands below each; long lines are wrapped
 
     Returns a matplotlib Figure.
@@ -4910,11 +4913,17 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     wrapped = ["\n".join(textwrap.fill(line, 34) for line in text.splitlines()) for text in texts]
     tallest = max(text.count("\n") + 1 for text in wrapped)
     figure, axes = new_figure(3 * columns, rows * (2.6 + 0.16 * tallest), rows, columns)
-    for place, axis in enumerate(np.ravel(axes)):
+    for axis in np.ravel(axes):
         axis.axis("off")
-        if place < len(photos):
-            axis.imshow(preprocess(open_photo(photos[place])).permute(1, 2, 0).numpy())
-            axis.set_title(wrapped[place], fontsize=8, loc="left", y=-0.04, va="top")
+    for axis, photo, text in zip(np.ravel(axes), photos, wrapped, strict=False):
+        try:
+            tile = preprocess(open_photo(photo)).permute(1, 2, 0).numpy()
+        except ValueError as error:
+            tile = np.full((PHOTO_SIZE, PHOTO_SIZE, 3), 200, np.uint8)
+            reason = textwrap.fill(str(error), 30)
+            axis.text(PHOTO_SIZE / 2, PHOTO_SIZE / 2, reason, fontsize=7, ha="center", va="center")
+        axis.imshow(tile)
+        axis.set_title(text, fontsize=8, loc="left", y=-0.04, va="top")
     return figure
 
 
@@ -4925,42 +4934,27 @@ def save_figure(figure, path: Path | str) -> None:
 
 
 def score_table(rows: dict[str, dict], title: str):
-    """Lay out the rows of 04 ({name: what `score_captions` returns}) as a pandas DataFrame, intervals in brackets."""
+    """Lay out what `score_rows` returned as a pandas DataFrame, intervals in brackets."""
     import pandas as pd
 
-    table = pd.DataFrame(
-        {
-            name: {
-                metric: f"{row[metric]['value']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
-                for metric in METRICS
-            }
-            for name, row in rows.items()
-        }
-    )
-    for extra, form in {
+    extras = {
         "seconds a photo": ".4f",
         "mean length": ".1f",
         "distinct words": ".0f",
         "distinct captions": ".1%",
-        "copied": ".1%",
-    }.items():
-        table.loc[extra] = [
-            format(row[extra], form) if extra in row else "" for row in rows.values()
-        ]
+        "copied from training": ".1%",
+    }
+    columns = {}
+    for name, row in rows.items():
+        cells = {}
+        for metric in METRICS:
+            score = row[metric]
+            cells[metric] = f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+        for extra, form in extras.items():
+            cells[extra] = format(row[extra], form) if extra in row else ""
+        columns[name] = cells
     label = next(iter(rows.values()))["METEOR label"]
-    return table.rename(index={"METEOR": label, "copied": "copied from training"}).rename_axis(
-        title
-    )
-
-
-def markdown_table(table) -> str:
-    """Write a DataFrame as a Markdown table."""
-    lines = [
-        [table.index.name or "", *table.columns],
-        ["---"] * (len(table.columns) + 1),
-        *table.reset_index().values.tolist(),
-    ]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return pd.DataFrame(columns).rename(index={"METEOR": label}).rename_axis(title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
