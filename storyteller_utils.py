@@ -1825,22 +1825,28 @@ class Vocab:
 
     words      all words, special ones included, in the order of their ids: most frequent first
     min_count  how often a word had to occur to be here
+    forms      how people write words that are not in lower case inside a sentence: {"hund": "Hund"}
     """
 
-    def __init__(self, words: Sequence[str], min_count: int = 1):
+    def __init__(self, words: Sequence[str], min_count: int = 1, forms: dict | None = None):
         if list(words[:4]) != SPECIAL or len(set(words)) != len(words):
             raise ArtifactError(
                 f"A vocabulary starts with {' '.join(SPECIAL)} and holds no word twice."
             )
-        self.words, self.min_count = list(words), min_count
+        self.words, self.min_count, self.forms = list(words), min_count, forms or {}
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
         return len(self.words)
 
     @classmethod
-    def build(cls, captions: Iterable[Sequence[str]], min_count: int = 5) -> Vocab:
-        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions."""
+    def build(
+        cls, captions: Iterable[Sequence[str]], min_count: int = 5, texts: Iterable[str] = ()
+    ) -> Vocab:
+        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions.
+
+        texts  the captions as written, for the usual form of each word
+        """
         counts = Counter(word for caption in captions for word in caption)
         kept = sorted(
             (w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)
@@ -1850,7 +1856,12 @@ class Vocab:
                 f"None of the {len(counts)} words in {counts.total()} occurs {min_count} times: a "
                 "captioner could say nothing. Lower min_count, or give more captions."
             )
-        return cls(SPECIAL + kept, min_count)
+        written: dict = defaultdict(Counter)
+        for text in texts:
+            for form in re.findall(r"\w+", text)[1:]:  # a first word is in capitals in any case
+                written[form.lower()][form] += 1
+        usual = {w: written[w].most_common(1)[0][0] for w in kept if w in written}
+        return cls(SPECIAL + kept, min_count, {w: form for w, form in usual.items() if form != w})
 
     def encode(self, words: Sequence[str], max_length: int = 0) -> list[int]:
         """Turn words into ids: <start>, at most `max_length` words (0: all), <end>."""
@@ -1868,9 +1879,14 @@ class Vocab:
             if i not in (PAD, START)
         ]
 
+    def sentence(self, words: Sequence[str]) -> str:
+        """Write words as a sentence, each in its usual form."""
+        return detokenize([self.forms.get(word, word) for word in words])
+
     def save(self, path: Path | str) -> None:
         """Write vocab.json."""
-        write_json(path, {"min_count": self.min_count, "words": self.words})
+        value = {"min_count": self.min_count, "words": self.words}
+        write_json(path, value | ({"forms": self.forms} if self.forms else {}))
 
     @classmethod
     def load(cls, path: Path | str) -> Vocab:
@@ -1880,7 +1896,7 @@ class Vocab:
             isinstance(word, str) for word in value["words"]
         ):
             raise ArtifactError(f"{path} is not a vocabulary: it needs a list of words.")
-        return cls(value["words"], value.get("min_count", 1))
+        return cls(value["words"], value.get("min_count", 1), value.get("forms"))
 
 
 @dataclass
@@ -3521,7 +3537,7 @@ class Trainer:
         }
         self.history.append(line)
         self.told += [
-            [epoch, name, detokenize(words)]
+            [epoch, name, self.data.vocab.sentence(words)]
             for name, words in zip(self.data.names["val"][:5], told, strict=False)
         ]
         score = cider if self.settings.select_by == "cider" else -loss
@@ -4345,7 +4361,9 @@ class Storyteller:
         self, hypotheses: list[Hypothesis], attention: np.ndarray | None, confidence: float | None
     ) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
-        alternatives = [(detokenize(w), h.score) for w, h in zip(words, hypotheses, strict=True)]
+        alternatives = [
+            (self.vocab.sentence(w), h.score) for w, h in zip(words, hypotheses, strict=True)
+        ]
         if attention is not None:
             attention = attention[: len(words[0])]
         return Caption(*alternatives[0], words[0], alternatives, attention, confidence)

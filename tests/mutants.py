@@ -128,9 +128,7 @@ MUTANTS = [
         "grid.flatten(2)",
         "grid.transpose(2, 3).flatten(2)",
     ),
-    Mutant(
-        "turned photos stay turned", "_pil_photo", "ImageOps.exif_transpose(image)", "image.copy()"
-    ),
+    Mutant("turned photos stay turned", "_upright", "image.getexif().get(0x0112, 1)", "1"),
     Mutant(
         "some test photos are trained on",
         "_random_splits",

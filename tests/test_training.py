@@ -376,30 +376,6 @@ def test_hostile_results_of_earlier_stages_are_one_artifact_error_and_run_nothin
     assert not Path("a-pickle-was-run").exists()
 
 
-def test_features_are_the_same_in_memory_and_mapped(tmp_path, monkeypatch):
-    array = np.random.default_rng(0).normal(3, 2, (50, 49, 8)).astype(np.float16)
-    np.save(tmp_path / "features.npy", array)
-    held = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
-    assert isinstance(
-        st.Features(tmp_path / "features.npy", False, held.device, copies=10**9).array, np.memmap
-    )
-    monkeypatch.setattr(st.os, "sysconf", lambda name: 10)
-    mapped = st.Features(tmp_path / "features.npy", False, torch.device("cpu"))
-    assert isinstance(held.array, torch.Tensor) and isinstance(mapped.array, np.memmap)
-    rows = np.array([3, 3, 41])
-    assert torch.equal(held[rows], mapped[rows]) and torch.equal(
-        held[rows], torch.from_numpy(array[rows]).float()
-    )
-    mean, deviation = mapped.moments(np.arange(50))
-    flat = array.reshape(-1, 8).astype(np.float64)
-    np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(deviation, flat.std(0), rtol=1e-4)
-    pooled = st.Features(tmp_path / "features.npy", True, torch.device("cpu"))
-    np.testing.assert_allclose(
-        pooled[rows][:, 0], array[rows].astype(np.float32).mean(1), atol=4e-3
-    )
-
-
 def test_a_finished_run_is_trained_anew_when_it_is_run_again():
     run = begin(epochs=2)
     trained(run)

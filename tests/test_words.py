@@ -246,6 +246,22 @@ def test_the_remaining_difference_does_not_move_bleu_and_cider(monkeypatch):
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
 
 
+def test_words_are_written_as_people_write_them_inside_a_sentence(tmp_path):
+    texts = [
+        "Ein Hund rennt über die Wiese.",
+        "ein Hund und ein mädchen",
+        "Das Mädchen mit dem Hund.",
+        "Zwei Kinder und ein Mädchen",
+    ]
+    vocab = st.Vocab.build([st.tokenize(text, "de") for text in texts], 1, texts)
+    vocab.save(tmp_path / "vocab.json")
+    sentence = st.Vocab.load(tmp_path / "vocab.json").sentence(
+        ["das", "mädchen", "und", "ein", "hund"]
+    )
+    assert sentence == vocab.sentence(["das", "mädchen", "und", "ein", "hund"])
+    assert sentence == "Das Mädchen und ein Hund."
+
+
 @given(
     some.lists(some.lists(some.sampled_from(["a", "dog", "runs", "é"]), max_size=6), max_size=8),
     some.integers(1, 4),

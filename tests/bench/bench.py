@@ -204,12 +204,11 @@ def extraction(m: Material, s: Sizes):
     """Photos to features: decoding, resizing, ResNet50."""
     how, network = baselines.transform(), baselines.resnet50(m.weights).to(DEVICE)
     backbone = st.load_backbone("resnet50", m.weights).prepare(DEVICE, DTYPE)
-    ready = st._load_batch(m.some(32), "squash")[0]
+    ready = torch.stack([st.preprocess(st.open_photo(path)) for path in m.some(32)])
 
-    def ours(count):  # what `st.extract_worker` does between its files
+    def ours(count):  # what 01 does between its files
         paths = m.some(count)
-        batches = [paths[i : i + 32] for i in range(0, count, 32)]
-        batches = st._ahead(lambda batch: st._load_batch(batch, "squash"), batches)
+        batches = st.read_photos(paths[i : i + 32] for i in range(0, count, 32))
         return torch.cat([backbone(photos, 1).half().cpu() for photos, _ in batches])[:, 0].float()
 
     def theirs():

@@ -62,7 +62,8 @@ class Material:
     def teller(self, backbone: str, weights: str = "") -> Path:
         """Save a captioner of random words on that backbone. Returns its folder."""
         loaded = st.load_backbone(backbone, weights).prepare(DEVICE, DTYPE)
-        features = loaded(st._load_batch(self.some(8), "squash")[0], 1)[:, 0]
+        photos = torch.stack([st.preprocess(st.open_photo(path)) for path in self.some(8)])
+        features = loaded(photos, 1)[:, 0]
         captioner = random_captioner(
             "lstm", loaded.width, (features.mean(0), features.std(0) + 0.1)
         )
