@@ -435,6 +435,8 @@ class Run:
             )
         if self.dataset:
             self.dataset.check_captions(artifact.manifest["facts"].get("caption_files", {}))
+        if self.dataset and "images.csv" in artifact:
+            self.dataset.check_photos(artifact)
         for a in self.reads.values():
             for b in self.reads.values():
                 if a.manifest["reads"].get(b.stage, b.manifest["edition"]) != b.manifest["edition"]:
@@ -962,6 +964,28 @@ class Dataset:
                 raise ArtifactError(
                     f"{path} has changed since 02_vocab read it. Run 02_vocab.ipynb again."
                 )
+
+    def check_photos(self, extracted: Artifact) -> None:
+        """Raise ArtifactError where photos have been replaced since 01 read them.
+
+        Only those of the same size are hashed that were written after 01 had finished.
+        """
+        table = read_table(extracted / "images.csv", "image", "bytes", "sha256")
+        finished, changed, newer = extracted.manifest.get("finished", 0), [], []
+        for name, size, digest in zip(table["image"], table["bytes"], table["sha256"], strict=True):
+            stat = self.photos[name].stat()
+            if stat.st_size != int(size):
+                changed.append(name)
+            elif stat.st_mtime > finished:
+                newer.append((name, digest))
+        for name, digest in progress(newer, desc="verifying photos", disable=len(newer) < 1000):
+            if sha256(self.photos[name]) != digest:
+                changed.append(name)
+        if changed:
+            raise ArtifactError(
+                f"{len(changed)} photos are not those that 01_extract_features read ({changed[0]}, "
+                "...). Run 01_extract_features.ipynb again."
+            )
 
     def title(self) -> str:
         return "the drawn sample (no real photos)" if self.is_sample else self.name

@@ -220,6 +220,27 @@ def test_05_refuses_a_score_of_another_model(here, data):
         run.read(EVALUATE)
 
 
+@pytest.mark.parametrize("same_size", [True, False])
+def test_photos_replaced_in_place_after_01_are_refused_and_copied_ones_are_not(
+    here, data, same_size
+):
+    photos = sorted(Path(data, "Images").iterdir())
+    run = begin_stage(FEATURES, dataset_dir=data)
+    rows = [(i, p.name, p.stat().st_size, st.sha256(p)) for i, p in enumerate(photos)]
+    st.write_csv(run.out / "images.csv", ["row", "image", "bytes", "sha256"], rows)
+    run.finish()
+    for path in photos:  # copied to another disk: newer, and the same
+        path.write_bytes(path.read_bytes())
+        os.utime(path, (2**31, 2**31))
+    run = begin_stage(TRAIN, dataset_dir=data)
+    run.read(FEATURES)
+    other = photos[1].read_bytes()
+    photos[0].write_bytes(other[: rows[0][2]].ljust(rows[0][2], b".") if same_size else other)
+    os.utime(photos[0], (2**31, 2**31))
+    with pytest.raises(st.ArtifactError, match=rf"1 photos are not those.*{photos[0].name}"):
+        run.read(FEATURES)
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
