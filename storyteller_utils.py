@@ -4501,6 +4501,7 @@ MODEL_CARD = """\
 ---
 pipeline_tag: image-to-text
 library_name: pytorch
+language: {language}
 tags: [image-captioning]{license}
 ---
 
@@ -4549,6 +4550,7 @@ def model_card(config: dict) -> str:
     ]
     facts = {
         "dataset": dataset["name"],
+        "language": config.get("language", "en"),
         "license": "\nlicense: other" if terms else "",
         "drawn": drawn,
         "terms": terms,
