@@ -33,7 +33,8 @@ EXAMPLES = sorted(str(p) for p in (HERE / "examples").iterdir() if p.suffix in (
 # Loads now what the first visitor would wait for.
 attention.attention_page(EXAMPLES[0], STORYTELLER.caption(EXAMPLES[0])[0])
 CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
-COLUMNS, WAITING = ["photo", "caption", "score", "problem"], "*The caption will stand here.*"
+COLUMNS = ["photo", "caption", "score", "confidence", "problem"]
+WAITING = "*The caption will stand here.*"
 
 # Kaggle has gradio 5.49, the Space 6: theme, css and hiding moved in between.
 NEW = int(gr.__version__.split(".")[0]) >= 6
@@ -62,6 +63,15 @@ def caption_many(photos, options):
         yield storyteller.caption_each(photos[start : start + 8], **options)
 
 
+def how_sure(confidence: float | None) -> str:
+    """Say a confidence in words, as a bar and as a number; nothing where there is none."""
+    if confidence is None:
+        return ""
+    words = "A guess" if confidence < 0.3 else "Probably" if confidence < 0.8 else "Sure"
+    bar = round(10 * confidence)
+    return f" · {words} {'▰' * bar}{'▱' * (10 - bar)} {confidence:.2f}"
+
+
 def caption(photo, method, beam_width, length_preference, temperature, seed=None):
     """Caption one photo: the caption, the best captions with their scores, and the time it took."""
     if not photo:
@@ -78,7 +88,8 @@ def caption(photo, method, beam_width, length_preference, temperature, seed=None
     if isinstance(result, str):
         raise gr.Error(result, print_exception=False)
     rows = [[text, round(score, 3)] for text, score in result.alternatives]
-    return result.text, rows, f"Captioned in {time.perf_counter() - began:.2f} s", result
+    took = f"Captioned in {time.perf_counter() - began:.2f} s{how_sure(result.confidence)}"
+    return result.text, rows, took, result
 
 
 def caption_if_any(photo, *options):
@@ -99,9 +110,10 @@ def batch(photos, method, beam_width, progress=gr.Progress()):  # noqa: B008, ho
         for result in results:
             name = Path(photos[len(rows)]).name
             if isinstance(result, str):
-                rows.append([name, "", "", result])
+                rows.append([name, "", "", "", result])
             else:
-                rows.append([name, result.text, round(result.score, 3), ""])
+                sure = "" if result.confidence is None else round(result.confidence, 2)
+                rows.append([name, result.text, round(result.score, 3), sure, ""])
         progress((len(rows), len(photos)), unit="photos")
     # Gradio serves a copy of its own, which delete_cache removes.
     with tempfile.TemporaryDirectory() as folder:

@@ -49,7 +49,13 @@ def test_the_page_shows_what_the_captioner_generates(client, app):
     assert caption == told.text
     assert [text for text, _ in best["data"]] == [text for text, _ in told.alternatives]
     assert best["data"][0][1] == pytest.approx(told.score, abs=1e-3)
-    assert re.fullmatch(r"Captioned in \d+\.\d\d s", took)
+    assert re.fullmatch(r"Captioned in \d+\.\d\d s", took)  # this captioner is not calibrated
+
+
+def test_the_page_says_how_sure_a_caption_is(app):
+    assert app.how_sure(0.24) == " · A guess ▰▰▱▱▱▱▱▱▱▱ 0.24"
+    assert "Probably" in app.how_sure(0.3) and "Sure" in app.how_sure(0.8)
+    assert app.how_sure(None) == ""
 
 
 def test_every_control_reaches_the_search(client, app, monkeypatch):
@@ -86,13 +92,13 @@ def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client,
     told = {path: app.STORYTELLER.caption(path)[0].text for path in (CAT, COFFEE)}
     with open(file, newline="", encoding="utf-8") as opened:
         header, *rows = csv.reader(opened)
-    assert header == table["headers"] == ["photo", "caption", "score", "problem"]
+    assert header == table["headers"] == ["photo", "caption", "score", "confidence", "problem"]
     assert [row[:2] for row in rows] == [
         ["cat.jpg", told[CAT]],
         ["broken.jpg", ""],
         ["coffee.jpg", told[COFFEE]],
     ]
-    assert "broken.jpg" in rows[1][3] and not rows[0][3] and str(tmp_path) not in rows[1][3]
+    assert "broken.jpg" in rows[1][4] and not rows[0][4] and str(tmp_path) not in rows[1][4]
     assert [row[1] for row in table["data"]] == [row[1] for row in rows]
 
 
