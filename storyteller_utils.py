@@ -957,7 +957,7 @@ class Dataset:
         }
 
     def check_captions(self, files: dict[str, str]) -> None:
-        """Raise ArtifactError where a caption file (name -> sha256) has changed since 02 read it."""
+        """Raise ArtifactError where a caption file (name -> sha256) changed since 02 read it."""
         for name, known in files.items():
             path = self.folder / name
             if known and path.is_file() and sha256(path) != known:
@@ -1003,7 +1003,7 @@ class Dataset:
 
 
 def find_dataset(dataset_dir: str = "") -> Dataset:
-    """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the drawn sample.
+    """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the sample.
 
     Raises ArtifactError when there are no photos, nothing with captions, or several datasets.
     """
@@ -1129,7 +1129,7 @@ class _Names:
             self.known[way] = ends | whole
 
     def find(self, name: str, folder: Path | str = "") -> tuple[str | None, str]:
-        """Return the photo (None: there is none, or it is not clear which) and how it was written."""
+        """Return the photo (None: none, or it is not clear which) and how it was written."""
         beside = self.paths.get(os.path.join(folder, name))
         if beside:
             return beside, "as written"
@@ -1424,8 +1424,8 @@ def _shape(cells: list, columns: _Columns, separator: str) -> list:
     return values + [""] * -extra
 
 
-# Signs of a wrong encoding: replaced or control characters, Latin and Greek or Cyrillic in one word,
-# UTF-8 read as Latin letters.
+# Signs of a wrong encoding: replaced or control characters, Latin with Greek or Cyrillic in one
+# word, UTF-8 read as Latin letters.
 _DOUBTFUL = re.compile(
     "[\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]|[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]"
     "|\xc3[\xa0-\xbf]|\xe2\u20ac"
@@ -1480,7 +1480,7 @@ class Captions:
     def describe(self, photos: int) -> str:
         """Say how the captions of a dataset of `photos` photos were read, with three examples.
 
-        Raises ArtifactError where half of them have no photo, or half of the photos no caption.
+        Raises ArtifactError where most of them have no photo, or most of the photos no caption.
         """
         lines = [*self.notes, *(f"  {name}: {text}" for name, text in self.rows[:3])]
         named = len({name for name, _ in self.rows})
@@ -1499,8 +1499,8 @@ class Captions:
             line = f"{what}: {count} {examples[:3] if count else ''}".rstrip()
             if 2 * count > of > 0:
                 raise ArtifactError(
-                    f"More than half are {line}, of {of} in {self.source()}. Is it the caption file "
-                    "of these photos? Set dataset_dir or captions, or take the other photos away."
+                    f"More than half are {line}, of {of} in {self.source()}. Is it the "
+                    "caption file of these photos? Set dataset_dir or captions, or take the other photos away."
                 )
             bold = 100 * count > of > 0
             lines.append(f"\033[1mWarning: {line} of {of}\033[0m" if bold else line)
@@ -1586,8 +1586,8 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     read = Captions(files={os.path.relpath(path, folder): sha256(path)})
     how = {"\t": "a tab", " ": "a space"}.get(table.separator, repr(table.separator))
     parts = f"{table.form}, {encoding}" + (f", separated by {how}" if table.separator else "")
-    said = f"photos in column {columns.name(columns.photo)}, captions in {columns.name(columns.caption)}"
-    read.notes.append(f"{read.source()} ({parts}): {said}")
+    photo, caption = columns.name(columns.photo), columns.name(columns.caption)
+    read.notes.append(f"{read.source()} ({parts}): photos in column {photo}, captions in {caption}")
     if columns.others:
         listed = ", ".join(map(columns.name, columns.others))
         read.notes.append(f"captions also in {listed}: caption_column chooses another")
@@ -1636,13 +1636,13 @@ def split_photos(
     names   photo names
     splits  empty: 80/10/10 at random by `seed`; else a folder with lists of the photos (train, val
             and maybe test in their names: text, CSV, COCO's JSON), or Karpathy's JSON. A photo is
-            listed by its path, its file name or that without its suffix; others are left out
+            listed by its path, its file name or that without its suffix; others are in none
     copies  photo -> its first copy (`find_copies`): copies go together, to test rather than to val
             rather than to train
 
-    A photo's captions all go where it goes: a split by caption would leak test photos into training.
-    Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists that overlap
-    or do not fit.
+    A photo's captions all go where it goes: a split by caption would leak test photos into
+    training. Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists
+    that overlap or do not fit.
     """
     first = copies or {}
     groups = [first.get(name, name) for name in names]
@@ -1675,79 +1675,54 @@ def _random_splits(names: Sequence[str], groups: list[str], seed: int) -> dict[s
 
 
 def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
-    lists, where = _split_lists(path), {}
-    ends = {way: defaultdict(set) for way in _WRITTEN}
-    for split, listed in lists.items():
-        for name in listed:
-            if where.setdefault(name, split) != split:
-                raise ArtifactError(f"{path} puts {name} into both {where[name]} and {split}.")
-            for way, change in _WRITTEN.items():
-                for end in _endings(change(name)):
-                    ends[way][end].add(split)
-    split_of = {}
-    for name in names:
-        keys = ((way, end) for way, change in _WRITTEN.items() for end in _endings(change(name)))
-        into = next((ends[way][end] for way, end in keys if end in ends[way]), set())
-        if len(into) > 1:
-            raise ArtifactError(
-                f"{path} has photos named {Path(name).name} in {' and '.join(sorted(into))}, none of "
-                f"them as {name}: list them by the paths that they have in the dataset's folder."
-            )
-        if into:
-            (split_of[name],) = into
-    for split in ("train", "val"):
-        if split not in split_of.values():
-            raise ArtifactError(
-                f"{path} has no {split} photo of this dataset ({len(lists[split])} listed)."
-            )
-    return split_of
-
-
-_SPLIT_FILE = re.compile(
-    r"(?:^|[^a-z])(train|val|valid|validation|dev|test)(?:[^a-z]|images|$)", re.I
-)
-
-
-def _split_lists(path: Path) -> dict[str, list[str]]:
-    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    if path.is_file():
-        for image in _records(read_json(path)):
-            split = image.get("split") if isinstance(image, dict) else None
-            split = {"restval": "train", "dev": "val"}.get(split, split)
-            if split in lists:
-                lists[split] += [_photo_in([image.get("filename"), image.get("file_name")])]
-    for file in sorted(path.iterdir()) if path.is_dir() else ():
-        hit = _SPLIT_FILE.search(file.stem)
-        if hit and file.suffix.lower() in _TABLE_SUFFIXES:
-            split = {"tr": "train", "te": "test"}.get(hit[1][:2].lower(), "val")
-            lists[split] += _listed(_decode(file.read_bytes())[0])
-    lists = {split: list(filter(None, listed)) for split, listed in lists.items()}
-    if not lists["train"] or not lists["val"]:
+    finder = _Names({name: Path(name) for name in names})
+    split_of: dict[str, str] = {}
+    listed = Counter()
+    for split, cells in _split_lists(path):
+        listed[split] += 1
+        photo = finder.find(_name(max(cells, key=finder.weight)))[0] or ""
+        if split_of.setdefault(photo, split) != split and photo:
+            raise ArtifactError(f"{path} puts {photo} into both {split_of[photo]} and {split}.")
+    if not listed["train"] or not listed["val"]:
         raise ArtifactError(
             f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
             "*Images.txt lists, or to be Karpathy's JSON file (images[].filename, .split)."
         )
-    return lists
+    split_of.pop("", None)
+    for split in ("train", "val"):
+        if split not in split_of.values():
+            raise ArtifactError(
+                f"{path} has no {split} photo of this dataset ({listed[split]} listed)."
+            )
+    return {name: split_of[name] for name in names if name in split_of}
 
 
-def _listed(text: str) -> list[str]:
-    """List the photos that a file names: one a line, a column of a table, or JSON."""
-    if text.lstrip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            value = value.get("images", []) if isinstance(value, dict) else value
-            return [_photo_in(r.values() if isinstance(r, dict) else [r]) for r in value]
-    rows = [[line, *re.split("[,;|\t]", line)] for line in text.splitlines()]
-    if rows and any(_PHOTO_HEADER.match(cell.strip("\"' ").lower()) for cell in rows[0]):
-        del rows[0]
-    return [_photo_in(row) for row in rows]
+_SPLIT_FILE = re.compile(
+    r"(?:^|[^a-z])(train|val|dev|test)(?:id|idation)?(?:[^a-z]|images|$)", re.I
+)
 
 
-def _photo_in(cells: Iterable) -> str:
-    """Choose the cell that names a photo, else the first."""
-    names = [_name(cell).strip("\"' ") for cell in cells]
-    photos = [name for name in names if "," not in name and _without_suffix(name) != name]
-    return (photos or [*filter(None, names), ""])[0]
+def _split_lists(path: Path) -> Iterator[tuple[str, Iterable]]:
+    """Yield the split and the cells of each row that may name a photo."""
+    if path.is_file():
+        for image in _records(read_json(path)):
+            split = image.get("split") if isinstance(image, dict) else None
+            if split in ("train", "restval", "val", "test"):
+                yield split.replace("restval", "train"), image.values()
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        hit = _SPLIT_FILE.search(file.stem)
+        if not hit or file.suffix.lower() not in _TABLE_SUFFIXES:
+            continue
+        split = hit[1].lower().replace("dev", "val")
+        text, _ = _decode(file.read_bytes())
+        lines = [line for line in text.replace('"', "").splitlines() if line.strip()]
+        rows = [[line, *re.split("[,;|\t]", line)] for line in lines]
+        if text.lstrip()[:1] in ("[", "{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                value = value.get("images", []) if isinstance(value, dict) else value
+                rows = [row.values() if isinstance(row, dict) else [row] for row in value if row]
+        yield from ((split, row) for row in rows)
 
 
 PAD, START, END, UNK = range(4)
@@ -1777,7 +1752,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + _HAN
 _APART = re.compile(f"[{_UNSPACED}]|[\u2600-\u27bf\U0001f000-\U0001faff]+")  # emoji stay together
 _ABBREVIATION = re.compile(r"(?:mrs?|ms|[djs]r|[a-z](?:\.[a-z])+)\.")
 # COCO's evaluation leaves these out; its list has the brackets too, in capitals, so that they stay.
-_DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+_DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 @cache
@@ -1804,7 +1779,7 @@ def tokenize(text: str, language: str = "en") -> list[str]:
     These are NLTK's Treebank tokens, lower case, without punctuation; Chinese, Japanese, Thai, Lao,
     Khmer and Burmese are split into characters. No token holds or depends on white space, so
     "a man's dog" and "a man 's dog" are the same words. Only English ("en") splits "cannot" and
-    "gonna". 34,992 of 35,000 Flickr8k captions get the tokens of pycocoevalcap's PTBTokenizer (Java).
+    "gonna". 34,992 of 35,000 Flickr8k captions get the tokens of pycocoevalcap's PTBTokenizer.
     """
     text = unicodedata.normalize("NFC", text).translate(_TYPED).lower()
     pieces = _APART.sub(r" \g<0> ", text).split()
@@ -1812,7 +1787,7 @@ def tokenize(text: str, language: str = "en") -> list[str]:
     return [token for piece in pieces for token in _tokenize_piece(piece, english)]
 
 
-# The spaces that a sentence does not have: do n't, dog 's, $ 5, 50 %, can not, gon na, between characters.
+# The spaces that a sentence lacks: do n't, dog 's, $ 5, 50 %, can not, gon na, between characters.
 _JOINED = re.compile(
     r" (?=(?:n't|'(?:s|m|d|ll|re|ve)|%)(?!\S))|(?<=[#$]) "
     r"|(?<=\bcan) (?=not(?!\S))|(?<=\b[gw][oa]n) (?=na(?!\S))|(?<=\bgot) (?=ta(?!\S))"
@@ -1867,7 +1842,7 @@ class Vocab:
     def build(
         cls, captions: Iterable[Sequence[str]], min_count: int = 5, texts: Iterable[str] = ()
     ) -> Vocab:
-        """Make a vocabulary of the words that occur at least `min_count` times in tokenised captions.
+        """Make a vocabulary of the words that occur `min_count` times in tokenised captions.
 
         texts  the captions as written, for the usual form of each word
         """
@@ -1891,7 +1866,7 @@ class Vocab:
         """Turn words into ids: <start>, at most `max_length` words (0: all), <end>."""
         return [
             START,
-            *(self.ids.get(w, UNK) for w in (words[:max_length] if max_length else words)),
+            *(self.ids.get(word, UNK) for word in words[: max_length or None]),
             END,
         ]
 
@@ -1950,9 +1925,9 @@ class CaptionData:
         missing = [n for n in table["image"].unique() if n not in row_of and n not in skipped]
         if missing:
             raise ArtifactError(
-                f"01_extract_features has no features for {len(missing)} of {table['image'].nunique()} "
-                f"captioned photos ({missing[0]}, ...). Run 01_extract_features.ipynb and 02_vocab.ipynb "
-                "with the same max_photos."
+                f"01_extract_features has no features for {len(missing)} of "
+                f"{table['image'].nunique()} captioned photos ({missing[0]}, ...). Run "
+                "01_extract_features.ipynb and 02_vocab.ipynb with the same max_photos."
             )
         table = table[table["image"].isin(row_of.keys())]
         rows, names, references = {}, {}, {}
@@ -1964,11 +1939,11 @@ class CaptionData:
         return cls(Vocab.load(prepared / "vocab.json"), rows, names, references)
 
     def of(self, split: str) -> tuple[np.ndarray, list[list[list[str]]]]:
-        """Return the rows and the references of a split's photos; ArtifactError when it has none."""
+        """Return the rows and references of a split's photos; ArtifactError when it has none."""
         if split not in self.rows:
             raise ArtifactError(
-                f"There is no {split} photo: the lists given to 02_vocab have {', '.join(self.rows)}. "
-                "Evaluate split='val', or run 02_vocab.ipynb with a test list."
+                f"There is no {split} photo: the lists given to 02_vocab have "
+                f"{', '.join(self.rows)}. Evaluate split='val', or run 02 with a test list."
             )
         return self.rows[split], self.references[split]
 
@@ -1991,18 +1966,20 @@ class CaptionBatches:
 
     def __init__(self, rows: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int):
         self.rows, self.batch_size = np.asarray(rows), batch_size
-        self.lengths = np.array([len(i) for i in ids])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+        # All ids one after the other: millions of small lists would take ten times the memory.
+        self.lengths = np.array([len(i) for i in ids])  # (captions,)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])  # where each caption begins
+        self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])  # (all tokens,)
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
 
     def epoch(self, seed: int, number: int, shuffle: bool = True) -> list[np.ndarray]:
-        """Return the batches of epoch `number`, each an array of caption indices; a pure function of its arguments.
+        """Return the batches of epoch `number`, each an array of caption indices (B).
 
-        Captions are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled: hardly any
-        padding, and neighbours that differ from epoch to epoch.
+        A pure function of its arguments. Captions are shuffled, sorted by length within pools of 64
+        batches, cut, and the batches shuffled: hardly any padding, and neighbours that differ from
+        epoch to epoch.
         """
         if not shuffle:
             order = np.argsort(self.lengths, kind="stable")
@@ -2017,10 +1994,10 @@ class CaptionBatches:
 
     def words(self, batch: np.ndarray) -> Tensor:
         """Return the ids of a batch's captions (B, T), padded to the longest of them."""
-        lengths = self.lengths[batch]
-        places = np.arange(lengths.max())
-        inside = places < lengths[:, None]
-        ids = np.full(inside.shape, PAD, np.int64)
+        lengths = self.lengths[batch]  # (B,)
+        places = np.arange(lengths.max())  # (T,)
+        inside = places < lengths[:, None]  # (B, T)
+        ids = np.full(inside.shape, PAD, np.int64)  # (B, T)
         ids[inside] = self.flat[(self.starts[batch][:, None] + places)[inside]]
         return torch.from_numpy(ids)
 
