@@ -13,11 +13,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import storyteller_utils as st
 
 ROOT = Path(__file__).resolve().parents[1]
+MISSED = "in every reference, not said"
 TOKEN = "hf_thisTokenMustShowUpNowhere"
 PAPERMILL = [
     Path(sys.executable).with_name("papermill"),
@@ -154,6 +156,64 @@ def test_the_score_table_names_the_sample_and_every_row(inside):
     ):
         assert part in table
     assert "drawings, not photos" in Path("outputs/05_deploy/space/model/README.md").read_text()
+
+
+def readme_table() -> tuple[str, dict]:
+    """The README's sentence about the sample's scores, and {(row, metric): [value, low, high]}."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sentence, table = re.search(
+        r"^(The sample's test .*?)\n\n(\|.*?)\n\n", text, re.M | re.S
+    ).groups()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return sentence, {
+        (row, metric): [float(number) for number in re.findall(r"[\d.]+", cell)]
+        for metric, *cells in lines[2:]
+        for row, cell in zip(lines[0][1:], cells, strict=True)
+    }
+
+
+def test_the_readmes_table_is_what_a_run_gives_within_the_intervals(inside):
+    """Other versions of torch draw other dropout: digits differ, and intervals overlap."""
+    rows = json.loads(Path("outputs/04_evaluate/scores.json").read_text())["rows"]
+    sentence, cells = readme_table()
+    assert re.search(r"torch \d+\.\d+", sentence), "it says which version of torch made it"
+    assert {row for row, _ in cells} == set(rows)
+    for (row, metric), (value, *interval) in cells.items():
+        ours = rows[row][metric.split(" (")[0]]
+        low, high = interval or (value, value)
+        assert low <= ours["high"] and high >= ours["low"], (row, metric, value, ours)
+
+
+def test_other_metrics_find_captions_and_references_in_their_form(inside):
+    out = Path("outputs/04_evaluate")
+    predictions, references = (
+        [json.loads(line) for line in (out / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        for name in ("predictions", "references")
+    )
+    assert [item["id"] for item in predictions] == [item["id"] for item in references]
+    assert all(set(item) == {"id", "caption", "image"} for item in predictions)
+    assert all(len(item["references"]) == 5 for item in references)
+    photos = {path.name for path in Path("outputs/sample_dataset/Images").glob("*.jpg")}
+    assert {item["image"] for item in predictions} <= photos
+
+
+def test_the_error_sheet_counts_colours_as_a_plain_count_does(inside):
+    out, colours = Path("outputs/04_evaluate"), ("red", "blue", "yellow", "white", "brown")
+    said = pd.read_csv(out / "captions.csv").set_index("image")["beam"]
+    counted = {}
+    for line in (out / "references.jsonl").read_text("utf-8").splitlines():
+        photo = json.loads(line)
+        words = set(re.findall(r"\w+", said[photo["id"]].lower()))
+        written = [set(re.findall(r"\w+", text.lower())) for text in photo["references"]]
+        for colour in colours:
+            there = [colour in other for other in written]
+            wrong, missed = colour in words and not any(there), colour not in words and all(there)
+            for error, happened in (("said, in no reference", wrong), (MISSED, missed)):
+                counted[error, colour] = counted.get((error, colour), 0) + happened
+    sheet = pd.read_csv(out / "errors.csv")
+    sheet = sheet[(sheet["kind"] == "colour") & sheet["word"].isin(colours)]
+    found = {(row.error, row.word): row.photos for row in sheet.itertuples()}
+    assert found == {what: count for what, count in counted.items() if count}
 
 
 def test_the_card_that_ships_has_the_test_scores(inside):

@@ -122,7 +122,7 @@ def test_bleu_is_that_of_nltk_and_sacrebleu_and_coco(ragged, capsys):
     sacrebleu = pytest.importorskip("sacrebleu")
     from pycocoevalcap.bleu.bleu import Bleu
 
-    hypotheses, references = photos(200, ragged=ragged)
+    hypotheses, references = photos(100, ragged=ragged)
     ours = bleus(hypotheses, references)
     weights = [[1 / n] * n for n in range(1, 5)]
     assert ours == pytest.approx(nltk.corpus_bleu(references, hypotheses, weights), abs=1e-12)
@@ -538,3 +538,25 @@ def test_the_constant_caption_is_the_best_one_for_every_photo():
     chosen = st.constant_caption(references)
     assert scores[tuple(chosen)] == max(scores.values()) > np.median([*scores.values()])
     assert chosen == st.constant_caption(references)
+
+
+# Figures
+
+
+def test_a_sheet_draws_a_grey_tile_with_the_reason_for_a_photo_that_cannot_be_read(tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no photo")
+    photo = np.zeros((8, 8, 3), np.uint8)
+    sheet = st.caption_sheet([photo, broken, tmp_path / "gone.jpg"], ["black", "bad", "gone"], 2)
+    tiles = [axis.images[0].get_array() for axis in sheet.axes if axis.images]
+    assert [int(np.ptp(tile)) for tile in tiles] == [0, 0, 0]
+    assert [int(tile[0, 0, 0]) for tile in tiles] == [0, 200, 200]
+    reasons = [" ".join(text.get_text() for text in axis.texts) for axis in sheet.axes]
+    assert reasons[0] == "" and "cannot be read" in " ".join(reasons[1].split())
+
+
+def test_the_same_sheet_has_the_same_bytes(tmp_path):
+    for name in ("one.png", "other.png"):
+        sheet = st.caption_sheet([np.zeros((8, 8, 3), np.uint8)] * 3, ["a", "b", "c"], columns=2)
+        st.save_figure(sheet, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
