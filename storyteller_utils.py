@@ -4682,12 +4682,17 @@ class CiderD:
 
 
 @cache
-def find_wordnet():
-    """Return NLTK's WordNet, downloaded where it is missing, or None after some seconds."""
+def find_wordnet(language: str = "en"):
+    """Return NLTK's WordNet, downloaded where it is missing, or None after some seconds.
+
+    It is English: None for captions in another language.
+    """
     import zipfile
 
     import nltk
 
+    if language != "en":
+        return None
     for download in (False, True):
         if download:
             patience = socket.getdefaulttimeout()
@@ -4714,7 +4719,9 @@ def _meteor_lookups(wordnet) -> dict:
     }
 
 
-def _photo_scores(hypotheses: list[Words], references: list[list[Words]]) -> np.ndarray:
+def _photo_scores(
+    hypotheses: list[Words], references: list[list[Words]], language: str
+) -> np.ndarray:
     """Score photos one by one (N, 18): what BLEU is made of, then METRICS from METEOR on.
 
     METEOR is NLTK's; ROUGE-1, -2 and -L (F1, best reference, no stemming; Lin, 2004) are of
@@ -4730,7 +4737,7 @@ def _photo_scores(hypotheses: list[Words], references: list[list[Words]]) -> np.
             f"{sum(map(bool, references))} have references: "
             "score one caption for each photo that has."
         )
-    lookups = _meteor_lookups(find_wordnet())
+    lookups = _meteor_lookups(find_wordnet(language))
     scorer = RougeScorer(
         ["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=str.split)
     )
@@ -4751,18 +4758,20 @@ def _photo_scores(hypotheses: list[Words], references: list[list[Words]]) -> np.
 
 
 def score_captions(
-    hypotheses: list[Words], references: list[list[Words]], seed: int = 13
+    hypotheses: list[Words], references: list[list[Words]], seed: int = 13, language: str = "en"
 ) -> dict[str, dict]:
     """Score one caption a photo by every metric.
 
     hypotheses  (N) token lists, one a photo
     references  (N) lists of token lists, of any number >= 1
+    language    of the captions: METEOR's synonyms are English
 
     Returns {metric: {"value", "low", "high"}} for METRICS, low to high being the 95 % bootstrap
     interval over photos, and "mean length", "distinct words", "distinct captions" (a share),
     "METEOR label".
     """
-    return _summarise([(_photo_scores(hypotheses, references), hypotheses)], seed)[0]
+    scores = _photo_scores(hypotheses, references, language)
+    return _summarise([(scores, hypotheses)], seed, language)[0]
 
 
 def score_rows(
@@ -4770,12 +4779,14 @@ def score_rows(
     references: list[list[Words]],
     best: str = "",
     seed: int = 13,
+    language: str = "en",
 ) -> dict[str, dict]:
     """Score the rows of the score table, and people: each caption against its photo's others.
 
     captions    {name of the row: token lists, one a photo}
     references  (N) lists of token lists, of any number >= 1
     best        the row that the others are compared with
+    language    of the captions: METEOR's synonyms are English
 
     Returns {name: what `score_captions` returns}. The metrics of a row other than `best` have
     "difference" besides, the 95 % interval of how far it is above `best`, from the same resamples.
@@ -4786,10 +4797,10 @@ def score_rows(
     turns = [(name, said, references) for name, said in captions.items()] + _people(references)
     scored = defaultdict(list)
     for name, said, others in progress(turns, unit="row", delay=1):
-        scored[name].append((_photo_scores(said, others), said))
+        scored[name].append((_photo_scores(said, others, language), said))
     rows, resamples = {}, {}
     for name, of in scored.items():
-        rows[name], resamples[name] = _summarise(of, seed)
+        rows[name], resamples[name] = _summarise(of, seed, language)
     for name in rows.keys() - {best}:
         if best in rows and len(scored[name][0][1]) == len(references):
             above = np.percentile(resamples[name] - resamples[best], (2.5, 97.5), axis=0).T
@@ -4816,7 +4827,7 @@ def _people(references: list[list[Words]]) -> list[tuple[str, list[Words], list[
     return result
 
 
-def _summarise(turns: list[tuple], seed: int) -> tuple[dict[str, dict], np.ndarray]:
+def _summarise(turns: list[tuple], seed: int, language: str) -> tuple[dict[str, dict], np.ndarray]:
     """Average turns of (scores (N, 18), captions). Returns a row and its resamples (1000, 12)."""
     tables = np.stack([scores for scores, _ in turns])  # (turns, N, 18)
     photos = tables.shape[1]
@@ -4849,7 +4860,7 @@ def _summarise(turns: list[tuple], seed: int) -> tuple[dict[str, dict], np.ndarr
     ]
     names = ("mean length", "distinct words", "distinct captions")
     row |= zip(names, np.mean(wording, axis=0).tolist(), strict=True)
-    synonyms = "" if find_wordnet() else ", no WordNet: exact and stem matches only"
+    synonyms = "" if find_wordnet(language) else ", no WordNet: exact and stem matches only"
     row["METEOR label"] = f"METEOR (NLTK{synonyms})"
     return row, resamples
 

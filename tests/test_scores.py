@@ -228,7 +228,7 @@ def test_meteor_is_nltks_own_and_asks_for_synonyms_once(monkeypatch):
     ]
     references[2].append(["person", "person", "hound", "crimson", "crimson", "dashes"])
     toy = ToyWordNet()
-    monkeypatch.setattr(st, "find_wordnet", lambda: toy)
+    monkeypatch.setattr(st, "find_wordnet", lambda language="en": toy)
     scores = st.score_captions(hypotheses, references)
     assert toy.asked and max(toy.asked.values()) == 1, "every synonym is looked up once"
     assert scores["METEOR label"] == "METEOR (NLTK)"
@@ -247,11 +247,19 @@ def test_meteor_with_the_real_wordnet_is_nltks_own():
 
 
 def test_meteor_without_wordnet_matches_words_and_stems_and_says_so(monkeypatch):
-    monkeypatch.setattr(st, "find_wordnet", lambda: None)
+    monkeypatch.setattr(st, "find_wordnet", lambda language="en": None)
     scores = st.score_captions([["dogs", "run"]], [[["dog", "running"]]])
     assert scores["METEOR"]["value"] > 0.9
     assert st.score_captions([["hound"]], [[["dog"]]])["METEOR"]["value"] == 0
     assert scores["METEOR label"] == "METEOR (NLTK, no WordNet: exact and stem matches only)"
+
+
+def test_captions_in_another_language_are_scored_without_english_synonyms(monkeypatch):
+    monkeypatch.setattr("nltk.download", lambda *_, **__: pytest.fail("nothing to download"))
+    scores = st.score_captions([["dog"]], [[["frank"]]], language="de")
+    assert scores["METEOR"]["value"] == 0 and "no WordNet" in scores["METEOR label"]
+    people = st.score_rows({"a": [["hund"]]}, [[["hund"], ["hunde"]]], language="de")
+    assert {row["METEOR label"] for row in people.values()} == {scores["METEOR label"]}
 
 
 @pytest.fixture
