@@ -94,6 +94,10 @@ print(f"space/ holds {{len(texts) + len(photos)}} files")
 """
 
 
+# What only one notebook uses lies beside it, and travels in its copy.
+BESIDE = {"02_vocab": ["caption_files.py"]}
+
+
 class PushError(RuntimeError):
     """What Kaggle refused or did not finish; the message says which stage, and what to do next."""
 
@@ -143,6 +147,9 @@ def render(stage: str, parameters: dict):
         "packages": install_cell(stage),
         "module": f"%%writefile storyteller_utils.py\n{module}",
     }
+    for name in BESIDE.get(stage, ()):
+        helper = (ROOT / "notebooks" / name).read_text(encoding="utf-8")
+        hidden[name.removesuffix(".py")] = f"%%writefile {name}\n{helper}"
     if stage == "05_deploy":
         hidden["space"] = space_cell(ROOT / "space")
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]

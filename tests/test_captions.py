@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+import caption_files
 import storyteller_utils as st
 from support import begin_stage
 
@@ -42,7 +43,7 @@ def dataset(
 
 
 def rows_of(folder: Path, text, **more) -> list[tuple[str, str]]:
-    captions = st.read_captions(dataset(folder, text, **more))
+    captions = caption_files.read_captions(dataset(folder, text, **more))
     assert not captions.without_photo and not captions.unread
     return captions.rows
 
@@ -110,7 +111,7 @@ def test_the_comma_form_with_a_number_column_is_read(tmp_path, header):
         'cat.jpg, 0, "A cat, 2 roofs ."\n'
         "sky.jpg,0,7 clouds, far away .\nsky.jpg,1,\n"
     )
-    captions = st.read_captions(dataset(tmp_path, text))
+    captions = caption_files.read_captions(dataset(tmp_path, text))
     assert (
         captions.rows
         == [
@@ -151,7 +152,7 @@ def test_flickr30k_results_csv_is_read_and_its_malformed_row_repaired(tmp_path):
 def test_a_token_file_is_read_and_its_bad_photo_name_reported(tmp_path, file):
     text = "dog.jpg#0\tA dog , wet .\ndog.jpg#12\tNumber #1 dog .\n"
     text += "cat.jpg.1#0\tA cat .\ncat.jpg.1#1\tThe cat .\n"
-    captions = st.read_captions(dataset(tmp_path, text, file=file))
+    captions = caption_files.read_captions(dataset(tmp_path, text, file=file))
     assert captions.rows == [("dog.jpg", "A dog , wet ."), ("dog.jpg", "Number #1 dog .")]
     assert captions.without_photo == {"cat.jpg.1": 2}
     assert captions.without_caption == ["cat.jpg", "sky.jpg"]
@@ -172,12 +173,12 @@ def test_karpathys_json_gives_captions_and_splits(tmp_path, file):
     data = dataset(
         tmp_path, json.dumps({"images": images}), photos=[f"{i}.jpg" for i in range(4)], file=file
     )
-    rows = st.read_captions(data).rows
+    rows = caption_files.read_captions(data).rows
     assert (
         rows[:3] == [("0.jpg", "Photo 0 ."), ("0.jpg", "Once more 0 ."), ("1.jpg", "Photo 1 .")]
         and len(rows) == 8
     )
-    assert st.split_photos(list(data.photos), 0, str(tmp_path / file)) == {
+    assert caption_files.split_photos(list(data.photos), 0, str(tmp_path / file)) == {
         "0.jpg": "train",
         "1.jpg": "train",
         "2.jpg": "val",
@@ -232,7 +233,7 @@ def test_names_given_with_folders_find_their_photo(tmp_path):
 
 
 def test_photos_of_the_same_file_name_are_never_mixed_up(tmp_path):
-    captions = st.read_captions(
+    captions = caption_files.read_captions(
         dataset(
             tmp_path,
             "image,caption\na/dog.jpg,First .\nb/dog.jpg,Second .\ndog.jpg,Whose ?\n",
@@ -246,12 +247,12 @@ def test_photos_of_the_same_file_name_are_never_mixed_up(tmp_path):
 def test_photos_that_are_there_twice_are_said_to_be(tmp_path):
     data = dataset(tmp_path, "image,caption\ndog.jpg,Whose ?\n", photos=["a/dog.jpg", "b/dog.jpg"])
     with pytest.raises(st.ArtifactError, match=r"'dog.jpg', and 2 photos have that name"):
-        st.read_captions(data)
+        caption_files.read_captions(data)
 
 
 def test_a_name_that_climbs_out_of_the_folder_is_no_photo(tmp_path):
     (tmp_path / "dog.jpg").write_bytes(ONE_PIXEL)
-    captions = st.read_captions(
+    captions = caption_files.read_captions(
         dataset(tmp_path / "data", "image,caption\n../dog.jpg,Outside .\ndog.jpg,Inside .\n")
     )
     assert captions.rows == [("dog.jpg", "Inside .")] and captions.without_photo == {
@@ -261,7 +262,7 @@ def test_a_name_that_climbs_out_of_the_folder_is_no_photo(tmp_path):
 
 def test_lines_that_are_no_caption_are_listed_with_their_number(tmp_path):
     text = "image,caption\ndog.jpg,A dog .\n\ncat.jpg\n,Whose ?\nsky.jpg,  \n"
-    captions = st.read_captions(dataset(tmp_path, text))
+    captions = caption_files.read_captions(dataset(tmp_path, text))
     assert captions.rows == [("dog.jpg", "A dog .")]
     assert [number for number, _ in captions.unread] == [4, 5, 6]
     assert captions.without_caption == ["cat.jpg", "sky.jpg"]
@@ -288,7 +289,7 @@ def test_a_caption_file_of_a_public_dataset_is_read_as_expected(tmp_path, case):
     for path in (CASES / case).iterdir():
         if path.name not in ("photos.txt", "expected.json"):
             shutil.copy(path, tmp_path)
-    captions = st.read_captions(st.find_dataset(str(tmp_path)))
+    captions = caption_files.read_captions(st.find_dataset(str(tmp_path)))
     first, caption = captions.rows[0]
     alike = [unicodedata.normalize("NFC", n).lower() for n in (first, expected["photo"])]
     assert alike[0] == alike[1]
@@ -353,19 +354,19 @@ def test_columns_are_recognised_in_any_order(tmp_path, header, separator):
     for quoting, written in ((csv.QUOTE_ALL, [columns, *rows]), (csv.QUOTE_MINIMAL, rows)):
         with open(data.tables[0], "w", newline="") as file:
             csv.writer(file, delimiter=separator, quoting=quoting).writerows(written)
-        assert st.read_captions(data).rows == PAIRS
+        assert caption_files.read_captions(data).rows == PAIRS
 
 
 def test_another_caption_column_is_read_where_it_is_asked_for(tmp_path):
     text = "image;en;de\ndog.jpg;A dog runs.;Ein Hund rennt.\n"
     data = dataset(tmp_path, text, photos=["dog.jpg"])
-    read = st.read_captions(data, caption_column="DE")
+    read = caption_files.read_captions(data, caption_column="DE")
     assert read.rows == [("dog.jpg", "Ein Hund rennt.")]
     assert "'de'" in read.describe(1)
-    assert st.read_captions(data).rows == [("dog.jpg", "A dog runs.")]
-    assert "captions also in 'de'" in st.read_captions(data).describe(1)
+    assert caption_files.read_captions(data).rows == [("dog.jpg", "A dog runs.")]
+    assert "captions also in 'de'" in caption_files.read_captions(data).describe(1)
     with pytest.raises(st.ArtifactError, match=r"caption_column is 'fr'; the columns are .*de"):
-        st.read_captions(data, caption_column="fr")
+        caption_files.read_captions(data, caption_column="fr")
 
 
 def test_a_caption_that_begins_with_a_number_is_whole(tmp_path):
@@ -424,15 +425,15 @@ def test_json_lines_are_read_with_names_below_their_own_folder(tmp_path):
         photos = [f"{split}/1.jpg"]
         data = dataset(tmp_path, "\n".join(lines), photos, f"{split}/metadata.jsonl", below="")
     with pytest.raises(st.ArtifactError, match=r"several files.*train/metadata.jsonl.*captions="):
-        st.read_captions(data)
-    read = st.read_captions(data, captions="*/metadata.jsonl")
+        caption_files.read_captions(data)
+    read = caption_files.read_captions(data, captions="*/metadata.jsonl")
     assert read.rows == [("test/1.jpg", "A test dog."), ("train/1.jpg", "A train dog.")]
 
 
 def test_text_files_beside_the_photos_hold_a_caption_a_line(tmp_path):
     dataset(tmp_path, "A cat.\n", file="Images/cat.txt")
     data = dataset(tmp_path, "A dog.\n\nThe dog runs.\n", file="Images/dog.txt")
-    assert st.read_captions(data).rows == [
+    assert caption_files.read_captions(data).rows == [
         ("cat.jpg", "A cat."),
         ("dog.jpg", "A dog."),
         ("dog.jpg", "The dog runs."),
@@ -446,9 +447,9 @@ def test_parquet_is_read_or_asks_for_what_reads_it(tmp_path):
         pd.DataFrame(PAIRS, columns=["image", "caption"]).to_parquet(data.tables[0])
     except ImportError:
         with pytest.raises(st.ArtifactError, match="pip install pyarrow"):
-            st.read_captions(data)
+            caption_files.read_captions(data)
     else:
-        assert st.read_captions(data).rows == PAIRS
+        assert caption_files.read_captions(data).rows == PAIRS
 
 
 FOREIGN = {
@@ -471,7 +472,7 @@ FOREIGN = {
 def test_an_encoding_that_is_not_marked_is_detected(tmp_path, encoding):
     rows = [(name, FOREIGN[encoding][i % 2]) for i, name in enumerate(SCENES)]
     text = "image,caption\n" + "".join(f"{name},{caption}\n" for name, caption in rows)
-    captions = st.read_captions(dataset(tmp_path, text.encode(encoding), photos=SCENES))
+    captions = caption_files.read_captions(dataset(tmp_path, text.encode(encoding), photos=SCENES))
     assert captions.rows == rows
     assert encoding.replace("latin-1", "cp1252")[:5].replace("-", "_") in captions.notes[0].replace(
         "gb18030", "gbk"
@@ -482,7 +483,7 @@ def test_stray_bytes_in_utf8_are_reported_by_line(tmp_path):
     rows = [(name, "A café – “nice” – and naïve") for name in SCENES]
     text = "image,caption\n" + "".join(f"{name},{caption}\n" for name, caption in rows)
     data = dataset(tmp_path, text.encode().replace(b"nice", b"ni\xffce", 1), photos=SCENES)
-    captions = st.read_captions(data)
+    captions = caption_files.read_captions(data)
     assert captions.rows[1:] == rows[1:]
     assert captions.doubtful == [(2, "A café – “ni\ufffdce” – and naïve")]
     assert "doubtful signs: 1 [(2," in captions.describe(8)
@@ -490,7 +491,7 @@ def test_stray_bytes_in_utf8_are_reported_by_line(tmp_path):
 
 @pytest.mark.parametrize("text", ["a bell\x07", "a dоg", "a cafÃ© here", "it isâ€™s"])
 def test_text_that_cannot_be_meant_is_reported(tmp_path, text):
-    captions = st.read_captions(dataset(tmp_path, f"image,caption\ndog.jpg,{text}\n"))
+    captions = caption_files.read_captions(dataset(tmp_path, f"image,caption\ndog.jpg,{text}\n"))
     assert [line for line, _ in captions.doubtful] == [2]
 
 
@@ -498,7 +499,9 @@ def test_names_match_by_case_by_unicode_form_and_without_suffix_where_that_is_cl
     photos = ["Dog.JPG", "cafe\u0301.jpg", "sky.png", "A.jpg", "a.jpg"]
     names = ["dog.jpg", "caf\xe9.jpg", "sky", "SKY.jpg", "A.jpg", "a.JPG", "DOG"]
     lines = "".join(f"{name},A caption .\n" for name in names)
-    captions = st.read_captions(dataset(tmp_path, f"image,caption\n{lines}", photos=photos))
+    captions = caption_files.read_captions(
+        dataset(tmp_path, f"image,caption\n{lines}", photos=photos)
+    )
     expected = ["Dog.JPG", "cafe\u0301.jpg", "sky.png", "sky.png", "A.jpg", "Dog.JPG"]
     assert [name for name, _ in captions.rows] == expected
     assert captions.without_photo == {"a.JPG": 1}
@@ -510,13 +513,15 @@ def test_names_match_by_case_by_unicode_form_and_without_suffix_where_that_is_cl
 def test_what_does_not_fit_is_a_warning_above_a_hundredth_and_an_error_above_half(tmp_path):
     photos = [f"{i}.jpg" for i in range(50)]
     lines = [f"{name},A dog ." for name in photos]
-    few = st.read_captions(
+    few = caption_files.read_captions(
         dataset(tmp_path / "a", "\n".join([*lines[1:], "gone.jpg,A cat ."]), photos=photos)
     )
     said = few.describe(50)
     assert "\033[1mWarning: captions without a photo: 1 ['gone.jpg'] of 50\033[0m" in said
     assert "\033[1mWarning: photos without a caption: 1 ['0.jpg'] of 50\033[0m" in said
-    many = st.read_captions(dataset(tmp_path / "b", "\n".join(lines[:20]), photos=photos))
+    many = caption_files.read_captions(
+        dataset(tmp_path / "b", "\n".join(lines[:20]), photos=photos)
+    )
     with pytest.raises(st.ArtifactError, match=r"photos without a caption: 30 .* of 50"):
         many.describe(50)
 
@@ -527,10 +532,12 @@ def test_several_caption_files_are_a_choice_and_never_a_guess(tmp_path):
     dataset(tmp_path, "This is about dogs, cats and more.\n", file="README.txt")
     data = dataset(tmp_path, "dog.jpg,A dog runs .\n", file="english.csv")
     with pytest.raises(st.ArtifactError, match=r"several files.*'english.csv', 'german.csv'"):
-        st.read_captions(data)
-    assert st.read_captions(data, captions="german.csv").rows == [("dog.jpg", "Ein Hund rennt .")]
+        caption_files.read_captions(data)
+    assert caption_files.read_captions(data, captions="german.csv").rows == [
+        ("dog.jpg", "Ein Hund rennt .")
+    ]
     with pytest.raises(st.ArtifactError, match=r"'french.csv' is not in .*german.csv"):
-        st.read_captions(data, captions="french.csv")
+        caption_files.read_captions(data, captions="french.csv")
 
 
 def test_what_macos_and_windows_leave_is_no_photo_and_no_caption_file(tmp_path):
@@ -543,7 +550,7 @@ def test_captions_that_change_after_02_are_noticed_by_the_next_stage(here):
     photos = [f"{i}.jpg" for i in range(3)]
     data = dataset(here / "data", "".join(f"{n},A dog .\n" for n in photos), photos=photos)
     run = begin_stage("02_vocab", dataset_dir="data")
-    run.finish(caption_files=st.read_captions(data).files)
+    run.finish(caption_files=caption_files.read_captions(data).files)
     later = begin_stage("03_train_dual_t4", dataset_dir="data")
     later.read("02_vocab")
     (here / "data/captions.txt").write_text("0.jpg,A cat .\n")
@@ -620,7 +627,9 @@ def test_every_line_of_any_file_is_read_reported_or_blank(tmp_path, lines, form,
         *(layout.format(*line) for line in lines),
     ]
     photos = ["dog.jpg", "cat.jpg", "sky.jpg", "big dog.jpg"]
-    captions = st.read_captions(dataset(tmp_path, newline.join(written).encode(encoding), photos))
+    captions = caption_files.read_captions(
+        dataset(tmp_path, newline.join(written).encode(encoding), photos)
+    )
     expected = len(written) - (form != "token")
     assert (
         len(captions.rows) + len(captions.unread) + sum(captions.without_photo.values()) == expected
@@ -636,7 +645,7 @@ def test_every_line_of_any_file_is_read_reported_or_blank(tmp_path, lines, form,
 )
 def test_any_bytes_are_captions_or_an_error_that_names_the_file(tmp_path, data, start):
     try:
-        captions = st.read_captions(dataset(tmp_path, start + data))
+        captions = caption_files.read_captions(dataset(tmp_path, start + data))
     except st.ArtifactError as error:
         assert "captions.txt" in str(error)
     else:
@@ -665,8 +674,8 @@ JSON = some.recursive(
 def test_any_json_is_captions_and_splits_or_an_error_that_names_the_file(tmp_path, value):
     data = dataset(tmp_path, json.dumps(value), file="dataset.json")
     for read in (
-        lambda: st.read_captions(data),
-        lambda: st.split_photos(list(data.photos), 0, str(data.tables[0])),
+        lambda: caption_files.read_captions(data),
+        lambda: caption_files.split_photos(list(data.photos), 0, str(data.tables[0])),
     ):
         with contextlib.suppress(st.ArtifactError):
             read()
@@ -685,7 +694,7 @@ def test_any_lists_are_a_split_or_one_error(tmp_path, texts):
         (tmp_path / f"{split}.txt").write_bytes(text)
     with contextlib.suppress(st.ArtifactError):
         assert set(
-            st.split_photos(["dog.jpg", "cat.jpg", "sky.jpg"], 0, str(tmp_path)).values()
+            caption_files.split_photos(["dog.jpg", "cat.jpg", "sky.jpg"], 0, str(tmp_path)).values()
         ) >= {"train", "val"}
 
 
@@ -705,7 +714,7 @@ def test_links_to_photos_and_to_folders_of_photos_are_followed_and_a_circle_ends
     )
     found = st.find_dataset(str(tmp_path / "data"))
     assert list(found.photos) == ["deep/cat.jpg", "dog.jpg", "gone.jpg", "sky.jpg"]
-    assert st.read_captions(found).without_caption == ["gone.jpg"]
+    assert caption_files.read_captions(found).without_caption == ["gone.jpg"]
 
 
 def test_a_name_that_is_no_text_is_refused_and_emoji_are_text(tmp_path):
@@ -818,7 +827,7 @@ def test_the_second_copy_of_the_captions_among_the_photos_is_the_same_dataset(he
     )
     found = st.find_dataset()
     assert found.folder == here / "input/images"
-    assert st.read_captions(found).rows == [("dog.jpg", "A dog .")]
+    assert caption_files.read_captions(found).rows == [("dog.jpg", "A dog .")]
 
 
 def test_a_dataset_is_the_same_wherever_it_lies_and_another_with_a_photo_less(tmp_path, drawn):
@@ -848,21 +857,21 @@ def test_max_photos_chooses_that_many_different_photos_and_always_the_same(photo
 @settings(max_examples=40)
 def test_a_split_is_by_photo_80_10_10_and_decided_by_the_seed(count, seed):
     names = [f"{i}.jpg" for i in range(count)]
-    split = st.split_photos(names, seed)
+    split = caption_files.split_photos(names, seed)
     sizes = Counter(split.values())
-    assert list(split) == names and split == st.split_photos(names, seed)
+    assert list(split) == names and split == caption_files.split_photos(names, seed)
     assert abs(sizes["train"] - 0.8 * count) <= 1 and abs(sizes["val"] - sizes["test"]) <= 1
     assert min(sizes["val"], sizes["test"]) >= 1
 
 
 def test_another_seed_splits_differently():
     names = [f"{i}.jpg" for i in range(50)]
-    assert st.split_photos(names, 1) != st.split_photos(names, 2)
+    assert caption_files.split_photos(names, 1) != caption_files.split_photos(names, 2)
 
 
 def test_too_few_photos_cannot_be_split():
     with pytest.raises(st.ArtifactError, match="4 captioned photos are too few"):
-        st.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg"], 0)
+        caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg"], 0)
 
 
 def lists(folder: Path, style: str = "plain", **named: str) -> str:
@@ -882,13 +891,13 @@ def test_given_lists_are_followed_and_unlisted_photos_left_out(tmp_path, style):
     splits = lists(
         tmp_path, style, train="1.jpg\r\n2.jpg\r\n", val="3.jpg\n\n", test="4.jpg\n9.jpg"
     )
-    split = st.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"], 0, splits)
+    split = caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"], 0, splits)
     assert split == {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val", "4.jpg": "test"}
 
 
 def test_lists_without_suffixes_and_with_other_slashes_are_followed(tmp_path):
     splits = lists(tmp_path, train="1\nphotos\\2.jpg\n", val="3\n")
-    assert st.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, splits) == {
+    assert caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, splits) == {
         "1.jpg": "train",
         "2.jpg": "train",
         "3.jpg": "val",
@@ -899,12 +908,12 @@ def test_lists_are_followed_only_where_it_is_clear_which_photo_they_mean(tmp_pat
     splits = lists(tmp_path, train="a/1.jpg\n2.jpg\n", val="3.jpg\n", test="b/1.jpg\n")
     names = ["x/a/1.jpg", "x/b/1.jpg", "x/c/2.jpg", "x/d/2.jpg", "x/3.jpg"]
     expected = {"x/a/1.jpg": "train", "x/b/1.jpg": "test", "x/3.jpg": "val"}
-    assert st.split_photos(names, 0, splits) == expected
+    assert caption_files.split_photos(names, 0, splits) == expected
 
 
 def test_a_missing_test_list_is_allowed(tmp_path):
     splits = lists(tmp_path, train="1.jpg\n", val="2.jpg\n")
-    assert st.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, splits) == {
+    assert caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, splits) == {
         "1.jpg": "train",
         "2.jpg": "val",
     }
@@ -915,7 +924,7 @@ def test_a_missing_train_or_val_list_is_an_error(tmp_path, missing):
     given_lists = {"train": "1.jpg\n", "val": "2.jpg\n", "test": "3.jpg\n"}
     del given_lists[missing]
     with pytest.raises(st.ArtifactError, match=r"train.txt and val.txt"):
-        st.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, lists(tmp_path, **given_lists))
+        caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg"], 0, lists(tmp_path, **given_lists))
 
 
 @pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
@@ -926,17 +935,21 @@ def test_lists_that_share_a_photo_are_refused_by_its_name(tmp_path, pair):
         st.ArtifactError,
         match=f"both.jpg into both ({pair[0]} and {pair[1]}|{pair[1]} and {pair[0]})",
     ):
-        st.split_photos(["1.jpg", "2.jpg", "3.jpg", "both.jpg"], 0, lists(tmp_path, **texts))
+        caption_files.split_photos(
+            ["1.jpg", "2.jpg", "3.jpg", "both.jpg"], 0, lists(tmp_path, **texts)
+        )
 
 
 def test_lists_of_another_dataset_are_refused(tmp_path):
     with pytest.raises(st.ArtifactError, match=r"no val photo.*2 listed"):
-        st.split_photos(["1.jpg"], 0, lists(tmp_path, train="1.jpg\n", val="8.jpg\n9.jpg\n"))
+        caption_files.split_photos(
+            ["1.jpg"], 0, lists(tmp_path, train="1.jpg\n", val="8.jpg\n9.jpg\n")
+        )
 
 
 def test_photos_in_folders_are_found_in_lists_by_their_file_name(tmp_path):
     splits = lists(tmp_path, train="1.jpg\n", val="2.jpg\n")
-    assert st.split_photos(["a/1.jpg", "b/2.jpg"], 0, splits) == {
+    assert caption_files.split_photos(["a/1.jpg", "b/2.jpg"], 0, splits) == {
         "a/1.jpg": "train",
         "b/2.jpg": "val",
     }
@@ -957,7 +970,10 @@ def test_lists_in_any_form_are_followed(tmp_path, form):
             data, path = "\r\n".join(names).encode("utf-16"), tmp_path / f"{split}.txt"
         path.write_bytes(data)
     expected = {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val"}
-    assert st.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg"], 0, str(tmp_path)) == expected
+    assert (
+        caption_files.split_photos(["1.jpg", "2.jpg", "3.jpg", "4.jpg"], 0, str(tmp_path))
+        == expected
+    )
 
 
 @given(count=some.integers(10, 60), double=some.integers(1, 20), seed=some.integers(0, 5))
@@ -965,7 +981,7 @@ def test_lists_in_any_form_are_followed(tmp_path, form):
 def test_copies_never_stand_in_two_splits(count, double, seed):
     names = [f"{i}.jpg" for i in range(count + double)]
     copies = {name: names[i if i < count else i % 7] for i, name in enumerate(names)}
-    split = st.split_photos(names, seed, copies=copies)
+    split = caption_files.split_photos(names, seed, copies=copies)
     assert list(split) == names
     assert all(split[name] == split[first] for name, first in copies.items())
     assert set(split.values()) == {"train", "val", "test"}
@@ -976,18 +992,20 @@ def test_copies_are_found_by_their_bytes_and_follow_the_list_that_holds_out(tmp_
         (tmp_path / f"{name}.jpg").write_bytes(data)
     photos = {path.name: path for path in sorted(tmp_path.iterdir())}
     photos["gone.jpg"] = tmp_path / "gone.jpg"
-    copies = st.find_copies(photos)
+    copies = caption_files.find_copies(photos)
     assert copies == {**{name: name for name in photos}, "c.jpg": "a.jpg"}
     splits = lists(tmp_path / "lists", train="a.jpg\nb.jpg\n", val="d.jpg\n", test="c.jpg\n")
-    split = st.split_photos(list(photos), 0, splits, copies)
+    split = caption_files.split_photos(list(photos), 0, splits, copies)
     assert split == {"a.jpg": "test", "b.jpg": "train", "c.jpg": "test", "d.jpg": "val"}
 
 
 def test_real_lists_put_six_thousand_photos_into_train_and_one_thousand_into_val(shared):
     data = st.find_dataset(str(shared / "flickr8k"))
-    captions = st.read_captions(data)
+    captions = caption_files.read_captions(data)
     assert len(data.photos) == 7000 and len(captions.rows) == 35000 and not captions.unread
-    assert Counter(st.split_photos(list(data.photos), 0, str(shared / "flickr8k")).values()) == {
+    assert Counter(
+        caption_files.split_photos(list(data.photos), 0, str(shared / "flickr8k")).values()
+    ) == {
         "train": 6000,
         "val": 1000,
     }

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import caption_files
 import sample
 import storyteller_utils as st
 from support import begin_stage
@@ -33,8 +34,8 @@ def project(tmp_path_factory):
     os.chdir(folder)
     sample.draw_dataset("drawn", photos=60, size=(64, 48))
     run = begin_stage("02_vocab", dataset_dir="drawn", min_count=2)
-    captions = st.read_captions(run.dataset)
-    split_of = st.split_photos(list(run.dataset.photos), 13)
+    captions = caption_files.read_captions(run.dataset)
+    split_of = caption_files.split_photos(list(run.dataset.photos), 13)
     st.write_csv(
         run.out / "captions.csv",
         ["image", "split", "caption", "tokens"],

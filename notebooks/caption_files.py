@@ -1,0 +1,658 @@
+"""Read a dataset's captions, whatever the form of their file, and split its photos: for 02."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import storyteller_utils as st
+
+# How a name may be written, the nearest way first.
+_WRITTEN = {
+    "as written": str,
+    "but for letter case or Unicode form": lambda name: unicodedata.normalize(
+        "NFC", name
+    ).casefold(),
+    "without suffix": lambda name: _without_suffix(unicodedata.normalize("NFC", name).casefold()),
+}
+
+
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in st.PHOTO_SUFFIXES else name
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+class _Names:
+    """Finds the photo that a caption file means: by the path's end, where only one photo has it."""
+
+    def __init__(self, photos: dict[str, Path]):
+        self.paths = {str(path): name for name, path in photos.items()}
+        self.known, self.cache = {}, {}
+        for way, change in _WRITTEN.items():
+            ends: dict[str, str | None] = {}
+            whole: dict[str, str | None] = {}
+            for name in photos:
+                key = change(name)
+                whole[key] = None if key in whole else name
+                for end in _endings(key)[1:]:
+                    ends[end] = None if end in ends else name
+            self.known[way] = ends | whole
+
+    def find(self, name: str, folder: Path | str = "") -> tuple[str | None, str]:
+        """Return the photo (None: none, or it is not clear which) and how it was written."""
+        beside = self.paths.get(os.path.join(folder, name))
+        if beside:
+            return beside, "as written"
+        if name not in self.cache:
+            self.cache[name] = None, ""
+            if ".." not in name.split("/"):
+                self.cache[name] = self._search(name)
+        return self.cache[name]
+
+    def _search(self, name: str) -> tuple[str | None, str]:
+        for way, change in _WRITTEN.items():
+            for end in _endings(change(name)):
+                if self.known[way].get(end):
+                    return self.known[way][end], way
+        return None, ""
+
+    def weight(self, value) -> int:
+        """Say how much a cell is the name of a photo: 2 one that is there, 1 it looks like one."""
+        name = _name(value)
+        if not 0 < len(name) < 1000 or "\n" in name:
+            return 0
+        return (self.find(name)[0] is not None) + (_without_suffix(name) != name)
+
+
+def _decode(data: bytes) -> tuple[str, str]:
+    """Decode a text file. Returns the text and its encoding."""
+    marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            return data.decode(encoding, "replace"), encoding
+    # Half of UTF-16's bytes are zero where it writes names and spaces.
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if 16 * abs(even - odd) > len(data):
+        encoding = "utf-16-be" if even > odd else "utf-16-le"
+        return data.decode(encoding, "replace"), encoding
+    text = data.decode("utf-8", "surrogateescape")
+    broken = len(re.findall("[\udc80-\udcff]", text))
+    if broken <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
+        return data.decode("utf-8", "replace"), "utf-8"
+    import charset_normalizer
+
+    # Lines that are ASCII alone say nothing, and make every encoding likely.
+    foreign = b"\n".join(line for line in data.splitlines() if not line.isascii())
+    guess = charset_normalizer.from_bytes(foreign[:100_000], cp_isolation=_ENCODINGS).best()
+    encoding = guess.encoding if guess is not None else "cp1252"
+    # Short captions hardly tell Latin alphabets apart: the most common that gives only letters.
+    for common, letters in _LATIN.items() if encoding in ("cp1252", "cp1250", "cp1254") else ():
+        text = data.decode(common, "replace")
+        if not set(re.findall(r"[^\0-\x7f]", text)) - set(letters + letters.upper()):
+            return text, f"{common}, as it seems"
+        encoding = "cp1250"
+    if 20 * broken < data.count(b"\n"):  # a stray byte here and there
+        encoding = "utf-8"
+    return data.decode(encoding, "replace"), f"{encoding}, as it seems"
+
+
+_SIGNS = "\u201c\u201d\u2018\u2019\u2013\u2014\u2026\xa0\xa3\xa7\xb0\xb4\xab\xbb\xbd\u20ac"
+
+
+_LATIN = {  # the letters that their languages use
+    "cp1252": "àáâãäåæçèéêëìíîïñòóôöõøùúûüœß" + _SIGNS,
+    "cp1254": "âçîöûüğış\u0130" + _SIGNS,
+}
+
+
+_ENCODINGS = [
+    *("cp1252", "cp1250", "cp1254", "cp1251", "koi8_r", "cp866", "mac_cyrillic", "cp1253"),
+    *("cp1255", "cp1256", "tis_620", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"),
+]
+
+
+@dataclass
+class _Table:
+    """A caption file as rows of cells, whatever its format."""
+
+    form: str
+    header: list[str]
+    rows: list[tuple[int, list]]  # line number (or record's), cells
+    separator: str = ""
+
+
+def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
+    """Read a file as a table (None: it is none that names photos) and say how it is encoded."""
+    if path.suffix.lower() == ".parquet":
+        import pandas as pd
+
+        try:
+            return _table_of_records(pd.read_parquet(path).to_dict("records"), "Parquet"), ""
+        except ImportError:
+            raise st.ArtifactError(f"{path} is Parquet, which needs: pip install pyarrow") from None
+        except (OSError, ValueError) as error:
+            raise st.ArtifactError(f"{path} cannot be read: {error}") from None
+    text, encoding = _decode(path.read_bytes())
+    if text.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return _table_of_records(_records(json.loads(text)), "JSON"), encoding
+        with contextlib.suppress(ValueError, RecursionError):
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return _table_of_records(lines, "JSON lines"), encoding
+        if path.suffix.lower().startswith(".json"):
+            raise st.ArtifactError(f"{path} is not valid JSON.")
+    return _parse_text(text, names), encoding
+
+
+def _records(value) -> list:
+    """Find the list of records in COCO's, Karpathy's or anybody's JSON."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        return []
+    images, annotations = value.get("images"), value.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):
+        of = {str(image.get("id")): image for image in images if isinstance(image, dict)}
+        notes = [note for note in annotations if isinstance(note, dict)]
+        return [{**of.get(str(note.get("image_id")), {}), **note} for note in notes]
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
+        return images or annotations or (lists or [[]])[0]
+    if any(_CAPTION_HEADER.search(str(key).lower()) for key in value):
+        columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
+        if not all(isinstance(column, list) for column in columns):
+            return [value]
+        return [dict(zip(value, cells, strict=False)) for cells in zip(*columns, strict=False)]
+    return [{"image": name, "caption": captions} for name, captions in value.items()]
+
+
+def _table_of_records(records: list, form: str) -> _Table:
+    records = [
+        r if isinstance(r, dict) else dict(enumerate(r))
+        for r in records
+        if isinstance(r, dict | list)
+    ]
+    header = list(dict.fromkeys(key for record in records for key in record))
+    rows = [(i, [record.get(key) for key in header]) for i, record in enumerate(records, 1)]
+    return _Table(form, [str(key) for key in header], rows)
+
+
+def _texts(value) -> list[str]:
+    """List the captions in a cell: one, several, or records of them."""
+    if isinstance(value, dict):
+        values = [v for key, v in value.items() if _CAPTION_HEADER.search(str(key).lower())]
+        value = values[0] if values else None
+    if isinstance(value, list | tuple | np.ndarray):
+        return [text for inner in value for text in _texts(inner)]
+    return [] if value is None or value != value else [" ".join(str(value).split())]
+
+
+def _name(value) -> str:
+    """Read a cell as the name of a photo, with forward slashes and without Flickr's "#0"."""
+    if isinstance(value, dict):  # a photo itself, as Hugging Face stores it
+        value = value.get("path") or value.get("file_name")
+    return "" if value is None else re.sub(r"#\d+$", "", str(value).strip()).replace("\\", "/")
+
+
+def _fields(separator: str) -> re.Pattern:
+    """Match a field with the separator before it: quoted (group 1), or not (group 2)."""
+    end = f"(?={re.escape(separator)}|\\Z)"
+    quoted, plain = r'\s*"((?:[^"]|"")*)"\s*', f"([^{re.escape(separator)}]*)"
+    return re.compile(f"(?:\\A|{re.escape(separator)})(?:{quoted}{end}|{plain})")
+
+
+def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
+    """Cut a record into fields, each as written and as meant."""
+    cut = []
+    for hit in fields.finditer(record):
+        raw = hit[0][1:] if cut else hit[0]
+        cut.append((raw, raw if hit[1] is None else hit[1].replace('""', '"')))
+    return cut
+
+
+def _parse_text(text: str, names: _Names) -> _Table | None:
+    lines = re.split(r"\r\n|\r|\n", text)
+    filled = [line for line in lines if line.strip()]
+    sample = filled[:50] + filled[50 :: 1 + len(filled) // 200]
+    scores = {}
+    for separator in "\t|;,":
+        cuts = [_cut(line, _fields(separator)) for line in sample]
+        weights = [max(names.weight(v) for _, v in cut) for cut in cuts if len(cut) > 1]
+        scores[separator] = sum(weights)
+    separator = max(scores, key=scores.get)
+    if not scores[separator]:
+        pairs = [line.split(None, 1) for line in sample]
+        if not any(names.weight(pair[0]) for pair in pairs if len(pair) > 1):
+            return None
+        words = ((i, line.split(None, 1)) for i, line in enumerate(lines, 1) if line.strip())
+        rows = [(i, [(part, part) for part in parts]) for i, parts in words]
+        return _Table("text", [], rows, " ")
+    fields = _fields(separator)
+    return _Table("text", [], _read_rows(lines, fields, separator, names), separator)
+
+
+def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Names) -> list:
+    """Read records that end with their line, or with the quote that they open."""
+    opens = re.compile(f'(?:\\A|{re.escape(separator)})\\s*"')
+    rows, number = [], 0
+    while number < len(lines):
+        record, last, named = lines[number], number, 0
+        # A quote that is never closed does not swallow the captions after it.
+        while record.count('"') % 2 and opens.search(record) and last + 1 < len(lines):
+            named += any(names.weight(value) for _, value in _cut(lines[last], fields))
+            last += 1
+            record += "\n" + lines[last]
+            if named > 1 or last > number + 50:
+                break
+        if record.count('"') % 2 or named > 1:
+            record, last = lines[number], number
+        if record.strip():
+            rows.append((number + 1, _cut(record, fields)))
+        number = last + 1
+    return rows
+
+
+_CAPTION_HEADER = re.compile(
+    r"(?:^|[^a-z])(?:captions?|texts?|descriptions?|sentences?|comments?|raw|utterances?)(?:[^a-z]|$)"
+)
+
+
+_PHOTO_HEADER = re.compile(r"[a-z_]*(?:image|img|photo|picture|file|path|name)[a-z_]*\Z")
+
+
+def _is_sentence(value) -> bool:
+    text = " ".join(_texts(value))
+    letters = sum(character.isalpha() for character in text)
+    spaced = " " in text or (letters > 3 and not text.isascii())
+    return letters > 2 and spaced and not text.startswith("http")
+
+
+@dataclass
+class _Columns:
+    """Which cells of a table are read."""
+
+    header: list[str]
+    width: int
+    photo: int
+    caption: int
+    others: list[int]  # columns that might be captions too
+
+    def name(self, column: int) -> str:
+        return repr(self.header[column]) if self.header else f"number {column + 1}"
+
+
+def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None:
+    """Find out what the columns hold, by the header where it says so and by their cells."""
+    rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
+    header = table.header
+    if table.separator and rows and _is_header(rows[0], names):
+        header = [cell.strip() for cell in rows.pop(0)]
+        del table.rows[0]
+    if not rows:
+        return None
+    # Captions with commas, but without quotes around them, make some rows longer.
+    width = len(header) or max(2, sorted(map(len, rows))[len(rows) // 20])
+    sample = [row for row in rows if len(row) == width] or [row for row in rows if len(row) > width]
+    sample = sample[:: 1 + len(sample) // 300]
+    if not sample:
+        return None
+    columns = list(zip(*(row[:width] for row in sample), strict=True))
+    weights = [sum(map(names.weight, column)) for column in columns]
+    photo = weights.index(max(weights))
+    texts = [c for c in range(width) if c != photo and weights[c] < len(sample)]
+    share = {c: sum(map(_is_sentence, columns[c])) / len(sample) for c in texts}
+    wordy = [c for c in texts if any(ch.isalpha() for cell in columns[c] for ch in str(cell))]
+    named = [c for c in wordy if header and _CAPTION_HEADER.search(header[c].lower())]
+    named = [c for c in named if share[c] > 0.3] or named
+    captions = named or [c for c in texts if share[c] > 0.3] or wordy[-1:]
+    if asked:
+        known = [cell.casefold() for cell in header] or [str(c + 1) for c in range(width)]
+        captions = [c for c, cell in enumerate(known) if cell == asked.casefold()]
+        if not captions:
+            raise st.ArtifactError(
+                f"caption_column is {asked!r}; the columns are {', '.join(known)}."
+            )
+    if not weights[photo] or not captions:
+        return None
+    return _Columns(header, width, photo, captions[0], captions[1:])
+
+
+def _is_header(cells: list[str], names: _Names) -> bool:
+    short = all(len(cell.split()) < 4 for cell in cells)
+    known = any(
+        _CAPTION_HEADER.search(cell.lower()) or _PHOTO_HEADER.match(cell.lower()) for cell in cells
+    )
+    plain = not any(character.isdigit() for cell in cells for character in cell)
+    return short and (known or plain) and max(map(names.weight, cells)) == 0
+
+
+def _shape(cells: list, columns: _Columns, separator: str) -> list:
+    """Bring a row to the table's width."""
+    if not separator:
+        return cells
+    values = [value for _, value in cells]
+    extra, at = len(cells) - columns.width, columns.caption
+    if extra > 0:  # a caption with commas, but without quotes around it
+        whole = separator.join(raw for raw, _ in cells[at : at + extra + 1])
+        return [*values[:at], whole, *values[at + extra + 1 :]]
+    # Flickr30k has a row without its second separator: "x.jpg| 4   A dog runs ."
+    hit = re.match(r"\s*\d+\s+(\S.*)", values[-1])
+    if extra == -1 and hit and at == columns.width - 1:
+        return [*values[:-1], "", hit[1]]
+    return values + [""] * -extra
+
+
+# Signs of a wrong encoding: replaced or control characters, Latin with Greek or Cyrillic in one
+# word, UTF-8 read as Latin letters.
+_DOUBTFUL = re.compile(
+    "[\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]|[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]"
+    "|\xc3[\xa0-\xbf]|\xe2\u20ac"
+)
+
+
+@dataclass
+class Captions:
+    """Captions as written, and what did not fit; nothing that the file holds is in neither.
+
+    rows             (photo name, caption)
+    unread           (line number, what it lacks) of lines that are no caption
+    without_photo    names that no photo has, with their number of captions
+    without_caption  photos that no caption names
+    doubtful         (line number, caption) of captions that hardly anybody wrote so
+    files            the caption files, below the dataset's folder -> sha256
+    notes            how it was read
+    written          how photos were named -> number of captions
+    """
+
+    rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unread: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    without_photo: Counter = dataclasses.field(default_factory=Counter)
+    without_caption: list[str] = dataclasses.field(default_factory=list)
+    doubtful: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    written: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
+        """Take a row of the table: a photo's name and its captions."""
+        texts = [text for text in texts if text]
+        if not name or not texts:
+            self.unread.append((line, "no caption" if name else "no photo name"))
+            return
+        photo, way = names.find(name, folder)
+        for text in texts:
+            if photo is None:
+                self.without_photo[name] += 1
+                continue
+            self.rows.append((photo, text))
+            self.written[way] += 1
+            if _DOUBTFUL.search(text):
+                self.doubtful.append((line, text))
+
+    def source(self) -> str:
+        return ", ".join(self.files)
+
+    def fits(self) -> bool:
+        return len(self.rows) >= self.without_photo.total()
+
+    def describe(self, photos: int) -> str:
+        """Say how the captions of a dataset of `photos` photos were read, with three examples.
+
+        Raises ArtifactError where most of them have no photo, or most of the photos no caption.
+        """
+        lines = [*self.notes, *(f"  {name}: {text}" for name, text in self.rows[:3])]
+        named = len({name for name, _ in self.rows})
+        lines.append(f"{len(self.rows)} captions of {named} photos")
+        for way, count in self.written.items():
+            if way != "as written":
+                lines.append(f"{count} captions name their photo only {way}")
+        lost = self.without_photo.total()
+        counts = [
+            ("lines that are no caption", len(self.unread), self.unread, 0),
+            ("captions with doubtful signs", len(self.doubtful), self.doubtful, 0),
+            ("captions without a photo", lost, list(self.without_photo), len(self.rows) + lost),
+            ("photos without a caption", len(self.without_caption), self.without_caption, photos),
+        ]
+        for what, count, examples, of in counts:
+            line = f"{what}: {count} {examples[:3] if count else ''}".rstrip()
+            if 2 * count > of > 0:
+                raise st.ArtifactError(
+                    f"More than half are {line}, of {of} in {self.source()}. Is it the "
+                    "caption file of these photos? Set dataset_dir or captions, or take the other photos away."
+                )
+            bold = 100 * count > of > 0
+            lines.append(f"\033[1mWarning: {line} of {of}\033[0m" if bold else line)
+        return "\n".join(lines)
+
+
+def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str = "") -> Captions:
+    """Read every caption of a dataset, whatever the form of its file (notebooks/README.md).
+
+    captions        the file, below the dataset's folder; a pattern such as "captions_*.json" reads
+                    several; empty: the only one that holds captions
+    caption_column  which to read where a table has several; empty: the first
+
+    Raises ArtifactError when there is none, when there are several, or none names a photo.
+    """
+    names = _Names(dataset.photos)
+    photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
+    tables = [path for path in dataset.tables if path.with_suffix("") not in photo_of]
+    if captions:
+        tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
+        tables = tables or [path for path in (Path(captions),) if path.is_file()]
+        if not tables:
+            known = ", ".join(str(path.relative_to(dataset.folder)) for path in dataset.tables[:20])
+            raise st.ArtifactError(
+                f"captions {captions!r} is not in {dataset.folder}; it has {known}."
+            )
+    reads, broken = [], None
+    for path in tables:
+        try:
+            read = _read_captions_of(path, names, caption_column, dataset.folder)
+        except st.ArtifactError as error:
+            if captions:
+                raise
+            broken = error
+            continue
+        if read is not None and all(read.rows != other.rows for other in reads):
+            reads.append(read)
+    beside = [path for path in dataset.tables if path.with_suffix("") in photo_of]
+    if beside and not captions:
+        reads.append(_read_beside(beside, photo_of, names))
+    reads = reads if captions else [read for read in reads if read.fits()] or reads
+    if not reads:
+        raise broken or st.ArtifactError(
+            f"No file of {dataset.folder} holds captions: no line names a photo and says something "
+            f"about it. Tried: {', '.join(path.name for path in tables[:20])}."
+        )
+    if len(reads) > 1 and not captions:
+        raise st.ArtifactError(
+            f"{dataset.folder} has several files of captions: "
+            f"{', '.join(repr(read.source()) for read in reads)}. Choose with captions='...'."
+        )
+    return _joined(reads, dataset)
+
+
+def _joined(reads: list[Captions], dataset: st.Dataset) -> Captions:
+    whole = Captions()
+    for read in reads:
+        whole.files |= read.files
+        for field in ("rows", "unread", "doubtful", "notes"):
+            getattr(whole, field).extend(getattr(read, field))
+        whole.without_photo += read.without_photo
+        whole.written += read.written
+    if not whole.rows:
+        count = whole.without_photo.total()
+        first = next(iter(whole.without_photo), "")
+        files = Counter(Path(name).name for name in dataset.photos)
+        many = files[Path(first).name]
+        raise st.ArtifactError(
+            f"None of the {count} captions in {dataset.folder / whole.source()} names a photo of "
+            f"{dataset.folder}; the first is of {first!r}"
+            + (f", and {many} photos have that name: leave only one of them." if many > 1 else ".")
+        )
+    captioned = {name for name, _ in whole.rows}
+    whole.without_caption = [name for name in dataset.photos if name not in captioned]
+    return whole
+
+
+def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Captions | None:
+    table, encoding = _read_table(path, names)
+    columns = table and _choose_columns(table, names, asked)
+    if not columns:
+        return None
+    read = Captions(files={os.path.relpath(path, folder): st.sha256(path)})
+    how = {"\t": "a tab", " ": "a space"}.get(table.separator, repr(table.separator))
+    parts = f"{table.form}, {encoding}" + (f", separated by {how}" if table.separator else "")
+    photo, caption = columns.name(columns.photo), columns.name(columns.caption)
+    read.notes.append(f"{read.source()} ({parts}): photos in column {photo}, captions in {caption}")
+    if columns.others:
+        listed = ", ".join(map(columns.name, columns.others))
+        read.notes.append(f"captions also in {listed}: caption_column chooses another")
+    used = {columns.photo, columns.caption, *columns.others}
+    if unused := [columns.name(c) for c in range(columns.width) if c not in used]:
+        read.notes.append(f"columns that are ignored: {', '.join(unused)}")
+    for line, cells in table.rows:
+        values = _shape(cells, columns, table.separator)
+        texts = _texts(values[columns.caption])
+        read.add(line, names, path.parent, _name(values[columns.photo]), texts)
+    return read
+
+
+def _read_beside(paths: list[Path], photo_of: dict[Path, str], names: _Names) -> Captions:
+    """Read text files beside the photos, a caption a line."""
+    read = Captions(files={"the text files beside the photos": ""})
+    for path in paths:
+        text, _ = _decode(path.read_bytes())
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        read.add(0, names, "", photo_of[path.with_suffix("")], lines)
+    read.notes.append(f"{len(paths)} text files beside the photos, a caption a line")
+    return read
+
+
+def find_copies(photos: dict[str, Path]) -> dict[str, str]:
+    """Find photos whose files are the same, byte by byte. Returns each photo's first such one."""
+    alike = defaultdict(list)
+    for name, path in photos.items():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4096))
+            alike[size, file.read()].append(name)
+    first = {name: name for name in photos}
+    for group in alike.values():
+        known: dict[str, str] = {}
+        for name in group if len(group) > 1 else ():
+            first[name] = known.setdefault(st.sha256(photos[name]), name)
+    return first
+
+
+def split_photos(
+    names: Sequence[str], seed: int, splits: str = "", copies: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Put every photo into train, val or test.
+
+    names   photo names
+    splits  empty: 80/10/10 at random by `seed`; else a folder with lists of the photos (train, val
+            and maybe test in their names: text, CSV, COCO's JSON), or Karpathy's JSON. A photo is
+            listed by its path, its file name or that without its suffix; others are in none
+    copies  photo -> its first copy (`find_copies`): copies go together, to test rather than to val
+            rather than to train
+
+    A photo's captions all go where it goes: a split by caption would leak test photos into
+    training. Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists
+    that overlap or do not fit.
+    """
+    first = copies or {}
+    groups = [first.get(name, name) for name in names]
+    if splits:
+        split_of = _listed_splits(names, Path(splits))
+    else:
+        split_of = _random_splits(names, groups, seed)
+    held_out = ("test", "val", "train")
+    best: dict[str, str] = {}
+    for name, group in zip(names, groups, strict=True):
+        if name in split_of:
+            best[group] = min(best.get(group, "train"), split_of[name], key=held_out.index)
+    return {n: best[g] for n, g in zip(names, groups, strict=True) if n in split_of}
+
+
+def _random_splits(names: Sequence[str], groups: list[str], seed: int) -> dict[str, str]:
+    from sklearn.model_selection import GroupShuffleSplit
+
+    if len(set(groups)) < 10:
+        raise st.ArtifactError(
+            f"{len(set(groups))} captioned photos are too few to split into train, val and test."
+        )
+    groups = np.array(groups)
+    held_out = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
+    train, rest = next(held_out.split(groups, groups=groups))
+    halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed)
+    val, test = (rest[part] for part in next(halves.split(rest, groups=groups[rest])))
+    parts = (("train", train), ("val", val), ("test", test))
+    return {names[i]: split for split, part in parts for i in part}
+
+
+def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
+    finder = _Names({name: Path(name) for name in names})
+    split_of: dict[str, str] = {}
+    listed = Counter()
+    for split, cells in _split_lists(path):
+        listed[split] += 1
+        photo = finder.find(_name(max(cells, key=finder.weight)))[0] or ""
+        if split_of.setdefault(photo, split) != split and photo:
+            raise st.ArtifactError(f"{path} puts {photo} into both {split_of[photo]} and {split}.")
+    if not listed["train"] or not listed["val"]:
+        raise st.ArtifactError(
+            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
+            "*Images.txt lists, or to be Karpathy's JSON file (images[].filename, .split)."
+        )
+    split_of.pop("", None)
+    for split in ("train", "val"):
+        if split not in split_of.values():
+            raise st.ArtifactError(
+                f"{path} has no {split} photo of this dataset ({listed[split]} listed)."
+            )
+    return {name: split_of[name] for name in names if name in split_of}
+
+
+_SPLIT_FILE = re.compile(
+    r"(?:^|[^a-z])(train|val|dev|test)(?:id|idation)?(?:[^a-z]|images|$)", re.I
+)
+
+
+def _split_lists(path: Path) -> Iterator[tuple[str, Iterable]]:
+    """Yield the split and the cells of each row that may name a photo."""
+    if path.is_file():
+        for image in _records(st.read_json(path)):
+            split = image.get("split") if isinstance(image, dict) else None
+            if split in ("train", "restval", "val", "test"):
+                yield split.replace("restval", "train"), image.values()
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        hit = _SPLIT_FILE.search(file.stem)
+        if not hit or file.suffix.lower() not in st.TABLE_SUFFIXES:
+            continue
+        split = hit[1].lower().replace("dev", "val")
+        text, _ = _decode(file.read_bytes())
+        lines = [line for line in text.replace('"', "").splitlines() if line.strip()]
+        rows = [[line, *re.split("[,;|\t]", line)] for line in lines]
+        if text.lstrip()[:1] in ("[", "{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                value = value.get("images", []) if isinstance(value, dict) else value
+                rows = [row.values() if isinstance(row, dict) else [row] for row in value if row]
+        yield from ((split, row) for row in rows)
