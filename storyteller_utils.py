@@ -632,7 +632,16 @@ def _stream(words: list[str]) -> tuple[int, str]:
     """Run a worker and pass on what it says. Returns its status, and its output from its first error on, or the end."""
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy
     # neighbour.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    if "train" in words:
+        # Batches have many shapes: oneDNN keeps a program for each, and malloc ever more pieces
+        # between them, so that a CPU's memory grew with the steps. Now it stays, at equal speed.
+        environment |= {
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+            "MALLOC_MMAP_THRESHOLD_": str(2**25),
+            "MALLOC_TRIM_THRESHOLD_": str(2**28),
+        }
+    environment |= os.environ
     environment |= {"STORYTELLER_NOTEBOOK": str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
     decoder, output = codecs.getincrementaldecoder("utf-8")("replace"), "\n"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -2492,67 +2501,49 @@ class Captioner(nn.Module):
 # 8. Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What a recipe fixes; a setting of the same name overrides it. averaging: how much of the averaged weights a step keeps,
-# which are then those that are told with; patience: epochs without a better one after which it is enough; self_critical:
-# epochs of that phase, after the others; flips: whether mirrored photos (01 with flips=True) are looked at half the time.
+# What a recipe decides; a setting of the same name overrides it.
 RECIPES = {
     "original": {
-        "decoder": "lstm",
-        "sizes": {"embedding": 256, "hidden": 512},
+        "decoder": "lstm",  # of DECODERS
+        "sizes": {"embedding": 256, "hidden": 512},  # its arguments
         "epochs": 15,
-        "batch_size": 64,
-        "learning_rate": 0.001,
-        "max_caption_length": 50,
+        "batch_size": 64,  # captions a step
+        "learning_rate": 0.001,  # at its peak
+        "max_caption_length": 50,  # words, longer captions are cut
         "dropout": 0.4,
         "label_smoothing": 0.1,
         "weight_decay": 0.0,
-        "clip": 5.0,
-        "warm_up": 0.03,
-        "averaging": 0.0,
-        "patience": 15,
-        "self_critical": 0,
-        "flips": False,
+        "clip": 5.0,  # the norm to which longer gradients are cut
+        "warmup": 0.03,  # share of all steps in which the learning rate rises
+        "ema_decay": 0.0,  # how much of the averaged weights, which generate, a step keeps; 0: none
+        "patience": 15,  # epochs without a better one after which a phase ends
+        "self_critical": 0,  # epochs of learning from its own captions, after the others
+        "flips": False,  # half of the training photos mirrored (01 with flips=True)
     },
-    # These need 01 with regions=49; photo_size=320 and flips=True make the most of them.
-    "attention": {
-        "decoder": "attention",
-        "sizes": {"embedding": 256, "hidden": 512, "attention": 256},
-        "epochs": 9,
-        "batch_size": 64,
-        "learning_rate": 0.001,
-        "max_caption_length": 50,
-        "dropout": 0.4,
-        "label_smoothing": 0.1,
-        "weight_decay": 0.01,
-        "clip": 5.0,
-        "warm_up": 0.03,
-        "averaging": 0.998,
-        "patience": 5,
-        "self_critical": 0,
-        "flips": True,
-    },
-    "transformer": {
-        "decoder": "transformer",
-        "sizes": {"hidden": 384, "layers": 3, "heads": 6},
-        "epochs": 10,
-        "batch_size": 64,
-        "learning_rate": 0.0005,
-        "max_caption_length": 50,
-        "dropout": 0.3,
-        "label_smoothing": 0.1,
-        "weight_decay": 0.01,
-        "clip": 5.0,
-        "warm_up": 0.05,
-        "averaging": 0.998,
-        "patience": 5,
-        "self_critical": 0,
-        "flips": True,
-    },
+}
+# These need 01 with regions=49; photo_size=320 and flips=True make the most of them.
+RECIPES["attention"] = RECIPES["original"] | {
+    "decoder": "attention",
+    "sizes": {"embedding": 256, "hidden": 512, "attention": 256},
+    "epochs": 9,
+    "weight_decay": 0.01,
+    "ema_decay": 0.998,
+    "patience": 5,
+    "flips": True,
+}
+RECIPES["transformer"] = RECIPES["attention"] | {
+    "decoder": "transformer",
+    "sizes": {"hidden": 384, "layers": 3, "heads": 6},
+    "epochs": 10,
+    "learning_rate": 0.0005,
+    "dropout": 0.3,
+    "warmup": 0.05,
 }
 RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
 SAMPLES = 5  # captions that self-critical training draws of a photo
-SELF_CRITICAL_RATE, SELF_CRITICAL_AVERAGING = 4e-5, 0.98
-CHECKPOINT_SECONDS = 300
+SELF_CRITICAL_RATE = 4e-5
+SELF_CRITICAL_EMA_DECAY = 0.98  # its epochs are short
+CHECKPOINT_SECONDS = 300  # what a killed run loses at most
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
 
@@ -2560,35 +2551,210 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # before NCCL takes the first one it sees
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here; alone, go on."""
     if "WORLD_SIZE" in os.environ:  # torchrun set it
         torch.distributed.barrier()
 
 
-def _gathered(values: Tensor) -> Tensor:
-    """Stack every process's tensor of the same shape: (world, ...)."""
+def _gather(value) -> list:
+    """Return every process's value, in the order of their ranks."""
     if "WORLD_SIZE" not in os.environ:
-        return values[None]
-    parts = [torch.zeros_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, values)
-    return torch.stack(parts)
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
-# At the beginning of an epoch: its steps, negative log-likelihood, rewards, captions, tokens and seconds so far.
-BEGINNING = {
-    "step": 0,
-    "likelihood": 0.0,
-    "reward": 0.0,
-    "captions": 0,
-    "tokens": 0,
-    "seconds": 0.0,
-}
+class Progress:
+    """What last.pt holds: where a run is, and all that its next step depends on.
+
+    began      which run it is (status.json); key: of which settings and data
+    epoch      epochs done; step: batches done of the next one; updates: steps of the optimizer so far
+    phase      "likelihood" or "self_critical"
+    sums       of this epoch so far; "tokens" and "seconds" are all processes', the others this one's
+    history    a dict an epoch; examples: [epoch, photo, caption] of a few validation photos
+    best       score, epoch and weights of the best epoch
+    ema        the averaged weights, which generate; without averaging, the model itself
+    """
+
+    PARTS = ("model", "ema", "optimizer", "scaler")
+
+    def __init__(self, model: Captioner, recipe: dict, half: bool, began: float, key: str):
+        self.began = began
+        self.key = key
+        self.phase = "likelihood"
+        self.epoch = 0
+        self.updates = 0
+        self.history: list[dict] = []
+        self.examples: list[list] = []
+        self.best = {"score": -math.inf, "epoch": 0, "weights": {}}
+        self.model = self.ema = model
+        if recipe["ema_decay"]:
+            self.ema = copy.deepcopy(model).eval()
+        parameters, decay = model.parameters(), recipe["weight_decay"]
+        self.optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True)
+        # In float16 small gradients would become 0: the loss is scaled up, and they down again.
+        self.scaler = torch.amp.GradScaler(model.mean.device.type, enabled=half)
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Set to zero what is counted anew in each epoch."""
+        self.step = 0
+        names = ("likelihood", "reward", "captions", "tokens", "seconds")
+        self.sums = dict.fromkeys(names, 0.0)  # likelihood becomes a tensor: () float64
+
+    def totals(self) -> dict[str, float]:
+        """Return this epoch's sums over all processes."""
+        every = _gather({name: float(value) for name, value in self.sums.items()})
+        own = {name: self.sums[name] for name in ("tokens", "seconds")}
+        return {name: sum(one[name] for one in every) for name in self.sums} | own
+
+    def save(self, path: Path, totals: dict[str, float]) -> None:
+        """Write tensors, numbers and names only, so that it can be read without running anything."""
+        state = vars(self) | {"sums": totals}
+        state |= {name: getattr(self, name).state_dict() for name in self.PARTS}
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    def load(self, state: dict, rank: int) -> None:
+        """Go on from what `save` wrote, as this run."""
+        for name, value in state.items():
+            if name not in self.PARTS:
+                setattr(self, name, getattr(self, name) if name in ("began", "key") else value)
+            elif value:  # a scaler that scales nothing has no state
+                # DataParallel puts "module." before every name.
+                value = {key.removeprefix("module."): part for key, part in value.items()}
+                getattr(self, name).load_state_dict(value)
+        if rank:  # what all processes had summed up is the first one's now
+            self.sums |= {"likelihood": 0.0, "reward": 0.0, "captions": 0.0}
+
+
+class Examples(NamedTuple):
+    """What a process learns from in one step.
+
+    features (B, R, D), words (B, T), weights (B,) of the captions in the loss or None; tokens of all processes
+    """
+
+    features: Tensor
+    words: Tensor
+    weights: Tensor | None
+    tokens: int
+
+
+class Likelihood:
+    """The objective of the first phase: the likelihood of the captions that people wrote."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.captions = trainer.batches["train"]
+        self.label_smoothing = trainer.recipe["label_smoothing"]
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return an epoch's batches of caption indices."""
+        return self.captions.epoch(self.trainer.settings.seed, epoch)
+
+    def learning_rate(self, updates: int) -> float:
+        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
+        recipe = self.trainer.recipe
+        total = len(self.captions) * recipe["epochs"]
+        warm = max(1, int(total * recipe["warmup"]))  # Adam's first steps know no variance yet
+        if updates < warm:
+            return recipe["learning_rate"] * (updates + 1) / warm
+        cosine = math.cos(math.pi * (updates - warm) / (total - warm))
+        return recipe["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + cosine))
+
+    def ema_decay(self, updates: int) -> float:
+        """Return how much of the averaged weights a step keeps."""
+        # Young averages forget faster, or the random beginning would stay in them for an epoch.
+        return min(self.trainer.recipe["ema_decay"], (1 + updates) / (10 + updates))
+
+    def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
+        """Return this process's captions `mine` of a batch; it counts for nothing where its share is 0."""
+        trainer = self.trainer
+        words = self.captions.words(mine)  # (B, T)
+        sided = torch.isin(words, trainer.sides).any(1)  # (B,)
+        features = trainer.photos(self.captions.rows[mine], sided)  # (B, R, D)
+        trainer.progress.sums["captions"] += share * len(mine)
+        tokens = int(self.captions.lengths[batch].sum()) - len(batch)  # <start> is not predicted
+        return Examples(features, words.to(trainer.device), None, tokens)
+
+
+class SelfCritical:
+    """The objective of the second phase: the CIDEr-D of the captioner's own samples (Rennie et al., 2017).
+
+    The mean reward of a photo's other samples is the baseline. An <end> counts as a word of the
+    reward, or captions would learn to stop at "in front of a".
+    """
+
+    label_smoothing = 0.0
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.references = trainer.data.references["train"]
+
+    @cached_property
+    def reward(self) -> CiderD:
+        """CIDEr-D against the training captions, <end> included."""
+        end = [SPECIAL[END]]
+        return CiderD([[words + end for words in group] for group in self.references])
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return an epoch's batches of photos: a third of them, as many samples a batch as two of the others."""
+        # A whole epoch is too long between two looks at validation: it over-fits soon.
+        order = np.random.default_rng((self.trainer.settings.seed, epoch))
+        order = order.permutation(len(self.references))[: math.ceil(len(self.references) / 3)]
+        size = 2 * self.trainer.recipe["batch_size"]
+        return np.array_split(order, math.ceil(len(order) * SAMPLES / size))
+
+    def learning_rate(self, updates: int) -> float:
+        """Return the same small rate for every step."""
+        return SELF_CRITICAL_RATE
+
+    def ema_decay(self, updates: int) -> float:
+        """Return how much of the averaged weights a step keeps: less, as its epochs are short."""
+        return SELF_CRITICAL_EMA_DECAY
+
+    def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
+        """Draw S captions of each photo of `mine`, weighted by their advantages, which sum to 0 for a photo."""
+        trainer = self.trainer
+        groups = [self.references[photo] for photo in mine]
+        sides = [any({"left", "right"} & set(words) for words in group) for group in groups]
+        sided = torch.tensor(sides)  # (B,)
+        rows = trainer.data.rows["train"][mine]
+        features = trainer.photos(rows, sided)  # (B, R, D)
+        sampled = self._sample(features)
+        vocab = trainer.data.vocab
+        captions = [vocab.decode(ids) + [SPECIAL[END]] * (END in ids) for ids in sampled]
+        rewards = self.reward.score(captions, np.repeat(mine, SAMPLES)).reshape(
+            -1, SAMPLES
+        )  # (B, S)
+        # Against the mean of the other samples: S / (S - 1) times the distance to the mean of all.
+        advantages = (rewards - rewards.mean(1, keepdims=True)) * (SAMPLES / (SAMPLES - 1))
+        trainer.progress.sums["reward"] += share * float(rewards.sum())
+        trainer.progress.sums["captions"] += share * rewards.size
+        words = [torch.tensor([START, *ids]) for ids in sampled]
+        words = nn.utils.rnn.pad_sequence(words, True, PAD).to(trainer.device)  # (B*S, T)
+        tokens = sum(_gather(sum(map(len, sampled)) * int(share)))
+        weights = torch.from_numpy(advantages.ravel()).float().to(trainer.device)  # (B*S,)
+        return Examples(features.repeat_interleave(SAMPLES, 0), words, weights, tokens)
+
+    def _sample(self, features: Tensor) -> list[list[int]]:
+        """Draw S captions of each photo (B, R, D); return their ids, those of a photo next to each other."""
+        trainer = self.trainer
+        # An empty caption may be drawn too: it earns nothing, and the captioner learns so.
+        decoding = Decoding(
+            "sample", captions=SAMPLES, min_length=0, seed=int(torch.randint(2**31, ()))
+        )
+        trainer.captioner.eval()  # samples are of the network that generates, without dropout
+        with trainer.autocast():
+            drawn = sample_captions(trainer.captioner, features, decoding)
+        trainer.captioner.train()
+        return [hypothesis.ids for samples in drawn for hypothesis in samples]
 
 
 class Trainer:
@@ -2599,42 +2765,82 @@ class Trainer:
     """
 
     def __init__(self, job: dict):
-        self.settings, self.out, self.device = (
-            TrainSettings(**job["settings"]),
-            Path(job["out"]),
-            default_device(),
-        )
-        self.rank, self.world = join_processes(self.device)
+        self.settings = TrainSettings(**job["settings"])
         self.recipe = self.settings.resolved()
-        self.extracted, self.prepared = (
-            Path(job["reads"][stage]) for stage in STAGES["03_train_dual_t4"]
-        )
+        self.out = Path(job["out"])
+        self.device = default_device()
+        self.rank, self.world = join_processes(self.device)
+        self.extracted, self.prepared = (Path(job["reads"][s]) for s in STAGES["03_train_dual_t4"])
+        self.precision, reason = precision_here(self.device, self.settings.precision)
+        if self.device.type == "cpu" and self.precision == torch.float16:
+            torch.backends.mkldnn.set_flags(False)  # oneDNN has no LSTM in float16
+        self._say(f"{self.world} x {self.device.type}, {reason}")
+        self._read_data()
+        self._build(job)
+        self.objectives = {"likelihood": Likelihood(self), "self_critical": SelfCritical(self)}
+        hours = self.settings.max_hours
+        if hours is None:
+            hours = KAGGLE_HOURS if kaggle_input() else math.inf
+        self.deadline = time.monotonic() + 3600 * hours
+        self.saved = time.monotonic()
+        self.stop = ""  # a reason to stop after the present step
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def _read_data(self) -> None:
+        self._say("reading captions and features")
         self.data = CaptionData.load(self.extracted, self.prepared)
-        pooled, flipped = (
-            DECODERS[self.recipe["decoder"]].pooled,
-            self.extracted / "features_flip.npy",
-        )
+        self._choose_val_photos()
+        pooled = DECODERS[self.recipe["decoder"]].pooled
+        flipped = self.extracted / "features_flip.npy"
         mirrored = self.recipe["flips"] and flipped.is_file()
         copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + mirrored)
         self.features = Features(self.extracted / "features.npy", pooled, self.device, copies)
         self.flipped = Features(flipped, pooled, self.device, copies) if mirrored else None
-        self.batches = {
-            split: self.data.batches(
-                split, self.recipe["batch_size"], self.recipe["max_caption_length"]
-            )
-            for split in ("train", "val")
-        }
+        # What is on the left of a mirrored photo, its captions call right.
         ids = self.data.vocab.ids
-        self.sides = torch.tensor(
-            [ids[word] for word in ("left", "right") if word in ids], dtype=torch.long
-        )
-        self.cider = CiderD(self.data.references["val"])
-        self.precision, self.reason = precision_here(self.device, self.settings.precision)
+        sides = [ids[word] for word in ("left", "right") if word in ids]
+        self.sides = torch.tensor(sides, dtype=torch.long)
+        size, longest = self.recipe["batch_size"], self.recipe["max_caption_length"]
+        self.batches = {s: self.data.batches(s, size, longest) for s in ("train", "val")}
+
+    def _choose_val_photos(self) -> None:
+        """Keep at most `val_photos` validation photos, and find out whether CIDEr-D can tell epochs apart on them."""
+        data, wanted = self.data, self.settings.val_photos
+        have = len(data.of("val")[0])
+        if 0 < wanted < have:
+            chosen = np.arange(wanted) * have // wanted  # spread over all, the same in every epoch
+            data.rows["val"] = data.rows["val"][chosen]
+            data.names["val"] = [data.names["val"][i] for i in chosen]
+            data.references["val"] = [data.references["val"][i] for i in chosen]
+            self._say(f"{wanted} of {have} validation photos choose the epoch (val_photos)")
+        references = data.references["val"]
+        self.cider = CiderD(references)
+        self.select_by = self.settings.select_by
+        # n-grams that every photo's captions have weigh nothing: with one photo, all of them.
+        if not self.cider.score([group[0] for group in references]).any():
+            self.select_by = "loss"
+            self.recipe["self_critical"] = 0
+            self._say(
+                f"CIDEr-D is 0 for whatever is said of these {len(references)} validation photos: "
+                "the validation loss chooses the epoch, and there are no self-critical ones."
+            )
+
+    def _build(self, job: dict) -> None:
+        """Build the captioner and what trains it."""
         torch.manual_seed(self.settings.seed)
-        moments = self.features.moments(self.data.rows["train"])
+        self._say("measuring the features' mean and deviation")
+        moments = self.features.moments(self.data.rows["train"])  # (D,) each
+        if not moments[1].gt(1e-3).any():
+            raise ArtifactError(
+                "All training photos have the same features, so that nothing can be learned from them. "
+                "Look at the photos, then run 01_extract_features.ipynb again."
+            )
         if not self.settings.standardise:
             moments = torch.zeros_like(moments[0]), torch.ones_like(moments[1])
-        self.captioner = self.model = Captioner(
+        self.captioner = Captioner(
             self.recipe["decoder"],
             self.features.width,
             len(self.data.vocab),
@@ -2642,505 +2848,365 @@ class Trainer:
             dropout=self.recipe["dropout"],
             **self.recipe["sizes"],
         ).to(self.device)
-        self.teller = (
-            copy.deepcopy(self.captioner).eval() if self.recipe["averaging"] else self.captioner
-        )
+        # Another GPU's precision, or less memory a step, does not make it another run.
+        others = LOCATIONS | {"accumulate"}
+        decided = {name: value for name, value in job["settings"].items() if name not in others}
+        key = sha256([self.recipe, decided, job["editions"]])
+        half = self.precision == torch.float16
+        self.progress = Progress(self.captioner, self.recipe, half, job.get("began", 0), key)
+        self.model = self.captioner
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(
                 self.captioner, device_ids=ids, broadcast_buffers=False
             )
-        self.optimizer = torch.optim.AdamW(
-            self.captioner.parameters(), weight_decay=self.recipe["weight_decay"], fused=True
-        )
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.precision == torch.float16
-        )
-        # What last.pt holds besides weights: epochs done, phase (1: self-critical), and what BEGINNING has of this epoch.
-        self.at = dict(BEGINNING, epoch=0, phase=0)
-        self.saved, self.stop = time.monotonic(), ""
-        self.began = job.get("began", 0)
-        hours = self.settings.max_hours
-        if hours is None:
-            hours = KAGGLE_HOURS if kaggle_input() else math.inf
-        self.deadline = time.monotonic() + 3600 * hours
-        self.history, self.told, self.best = [], [], {"score": -math.inf, "epoch": 0, "weights": {}}
-        # Another GPU's precision, or less memory a step, does not make it another run.
-        decided = {
-            name: value
-            for name, value in job["settings"].items()
-            if name not in LOCATIONS | {"accumulate"}
-        }
-        self.key = sha256([self.recipe, decided, job["editions"]])
 
-    # One step
+    def autocast(self):
+        """Compute in half precision where this run does."""
+        half = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=half)
 
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth; self-critical, a fixed one."""
-        if self.at["phase"]:
-            return SELF_CRITICAL_RATE
-        total = len(self.batches["train"]) * self.recipe["epochs"]
-        warm = max(1, int(total * self.recipe["warm_up"]))
-        if step < warm:
-            return self.recipe["learning_rate"] * (step + 1) / warm
-        return self.recipe["learning_rate"] * (
-            0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
-        )
-
-    def train_step(self, batch: np.ndarray, step: int) -> None:
-        """Learn from a batch of captions: the gradient is that of the mean over all its tokens, in all processes.
-
-        It is computed in `accumulate` slices, which changes the memory it takes and not the result.
-        """
-        # DistributedDataParallel waits for every process, also for one for which no caption is left.
-        mine, weight = (
-            (batch[self.rank :: self.world], 1.0) if len(batch) > self.rank else (batch[:1], 0.0)
-        )
-        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 64 + self.rank)
-        if self.at["phase"]:
-            (features, words, *weights), smoothing = self._samples(mine, weight), 0.0
-            tokens = int(_gathered((words[:, 1:] != PAD).sum() * int(weight)).sum())
-        else:
-            (features, words), weights = self._captions("train", mine), ()
-            tokens, smoothing = (
-                int(self.batches["train"].lengths[batch].sum()) - len(batch),
-                self.recipe["label_smoothing"],
-            )
-        slices = np.array_split(np.arange(len(words)), min(self.settings.accumulate, len(words)))
-        for i, part in enumerate(slices):
-            with (
-                self.model.no_sync()
-                if self.world > 1 and i + 1 < len(slices)
-                else contextlib.nullcontext()
-            ):
-                loss, likelihood = self._forward(
-                    self.model, features[part], words[part], smoothing, *(w[part] for w in weights)
-                )
-                # It averages the gradients: times the number of processes, their sum is back.
-                self.scaler.scale(loss * (weight * self.world / tokens)).backward()
-            self.at["likelihood"] += (
-                likelihood.double() * weight
-            )  # a tensor: a number would have to wait for the GPU
-        self.at["tokens"] += tokens
-        self._update(step)
-
-    def _update(self, step: int) -> None:
-        """Take a step of the optimizer, and move the averaged weights after it."""
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.captioner.parameters(), self.recipe["clip"])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.teller is not self.captioner:
-            # Young averages forget faster, or the random beginning would stay in them for an epoch.
-            kept = (
-                SELF_CRITICAL_AVERAGING
-                if self.at["phase"]
-                else min(self.recipe["averaging"], (1 + step) / (10 + step))
-            )
-            mean, now = (
-                [p.data for p in model.parameters()] for model in (self.teller, self.captioner)
-            )
-            torch._foreach_lerp_(mean, now, 1 - kept)
-
-    def _samples(self, photos: np.ndarray, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw captions of training photos, and score each by CIDEr-D against the others of its photo.
-
-        Returns features (B, R, D), ids (B, T) and advantages (B,), which sum to 0 for each photo. An <end> counts as a word,
-        or captions would learn to stop at "in front of a". Rennie et al., 2017; the mean of the other samples as baseline.
-        """
-        references = [self.data.references["train"][i] for i in photos]
-        fixed = torch.tensor(
-            [any({"left", "right"} & set(words) for words in group) for group in references]
-        )
-        features = self._see(self.data.rows["train"][photos], fixed).repeat_interleave(SAMPLES, 0)
-        self.captioner.eval()
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
-            seed = int(torch.randint(2**31, ()))
-            decoding = Decoding(method="sample", min_length=0, seed=seed)
-            drawn = [found[0].ids for found in sample_captions(self.captioner, features, decoding)]
-        self.captioner.train()
-        said = [self.data.vocab.decode(ids) + [SPECIAL[END]] * (END in ids) for ids in drawn]
-        rewards = self.reward.score(said, np.repeat(photos, SAMPLES)).reshape(-1, SAMPLES)
-        advantages = (rewards - rewards.mean(1, keepdims=True)) * (SAMPLES / (SAMPLES - 1))
-        self.at["reward"] += float(rewards.sum()) * weight
-        self.at["captions"] += rewards.size * int(weight)
-        words = nn.utils.rnn.pad_sequence([torch.tensor([START, *ids]) for ids in drawn], True, PAD)
-        return (
-            features,
-            words.to(self.device),
-            torch.from_numpy(advantages.ravel()).float().to(self.device),
-        )
-
-    @cached_property
-    def reward(self) -> CiderD:
-        """CIDEr-D against the training captions, <end> included."""
-        return CiderD(
-            [[words + [SPECIAL[END]] for words in group] for group in self.data.references["train"]]
-        )
-
-    def begin_self_critical(self) -> None:
-        """Go back to the best weights, from where the captioner learns from its own captions."""
-        for model in (self.captioner, self.teller):
-            model.load_state_dict(self.best["weights"])
-        self.optimizer.state.clear()
-        self.at["phase"] = 1
-
-    def _captions(self, split: str, captions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return features (B, R, D) and ids (B, T) of captions; of training captions, half see their photo mirrored."""
-        rows, words = self.batches[split].rows[captions], self.batches[split].words(captions)
-        fixed = torch.isin(words, self.sides).any(1)
-        return self._see(rows, fixed) if split == "train" else self.features[rows], words.to(
-            self.device
-        )
-
-    def _see(self, rows: np.ndarray, fixed: Tensor) -> Tensor:
+    def photos(self, rows: np.ndarray, sided: Tensor) -> Tensor:
         """Return features of training photos (B, R, D), half of them mirrored if there are mirrored views.
 
-        fixed  (B,)  where it may not be: what is on the left of a mirrored photo, captions call right
+        sided  (B,)  whether captions name a side, which a mirrored photo would make wrong
         """
         features = self.features[rows]
         if self.flipped:
-            mirrored = (torch.rand(len(rows)) < 0.5) & ~fixed
+            mirrored = (torch.rand(len(rows)) < 0.5) & ~sided  # (B,)
             features[mirrored.to(self.device)] = self.flipped[rows[mirrored.numpy()]]
         return features
 
-    def _forward(self, model: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
-            return model(*inputs)
+    # One step
+
+    @property
+    def objective(self) -> Likelihood | SelfCritical:
+        """What this phase maximises."""
+        return self.objectives[self.progress.phase]
+
+    def train_step(self, batch: np.ndarray, number: int) -> None:
+        """Learn from a batch: the gradient is that of the mean over all its tokens, in all processes.
+
+        It is computed in `accumulate` slices, which changes the memory it takes and not the result. The step's
+        number seeds dropout.
+        """
+        sums, objective = self.progress.sums, self.objective
+        mine, share = batch[self.rank :: self.world], 1.0
+        if not len(mine):  # DistributedDataParallel waits for every process, this one too
+            mine, share = batch[:1], 0.0
+        torch.manual_seed((self.settings.seed * 1_000_003 + number) * 64 + self.rank)
+        # (B, R, D), (B, T), (B,) or None; the loss is a mean over the tokens of all processes.
+        features, words, weights, tokens = objective.draw(batch, mine, share)
+        slices = np.array_split(np.arange(len(words)), min(self.settings.accumulate, len(words)))
+        for i, part in enumerate(slices):
+            between = self.world > 1 and i + 1 < len(slices)  # gradients are exchanged once
+            with self.model.no_sync() if between else contextlib.nullcontext():
+                with self.autocast():  # sums over the part's tokens, () each
+                    loss, likelihood = self.model(
+                        features[part],
+                        words[part],
+                        objective.label_smoothing,
+                        None if weights is None else weights[part],
+                    )
+                # It averages the gradients of the processes: times their number, the sum is back.
+                self.progress.scaler.scale(loss * (share * self.world / tokens)).backward()
+            # A tensor: a number would have to wait for the GPU.
+            sums["likelihood"] += likelihood.double() * share
+        sums["tokens"] += tokens
+        self._update()
+
+    def _update(self) -> None:
+        """Take a step of the optimizer, and let the averaged weights follow it."""
+        progress, scaler = self.progress, self.progress.scaler
+        progress.optimizer.param_groups[0]["lr"] = self.objective.learning_rate(progress.updates)
+        scaler.unscale_(progress.optimizer)  # or the norm below would be that of scaled gradients
+        nn.utils.clip_grad_norm_(self.captioner.parameters(), self.recipe["clip"])
+        scale = scaler.get_scale()
+        scaler.step(progress.optimizer)
+        scaler.update()
+        progress.optimizer.zero_grad(set_to_none=True)  # frees them, where zeros would be added to
+        # Where float16 overflowed the scaler skipped the step: schedule and averages wait too.
+        if scaler.get_scale() < scale:
+            return
+        if progress.ema is not self.captioner:
+            kept = self.objective.ema_decay(progress.updates)
+            # Buffers are constants: only parameters are averaged, all in one call.
+            mean, now = ([p.data for p in m.parameters()] for m in (progress.ema, self.captioner))
+            torch._foreach_lerp_(mean, now, 1 - kept)
+        progress.updates += 1
 
     # One epoch
 
     def train_epoch(self) -> bool:
-        """Go through the rest of the present epoch, with a checkpoint every few minutes; False if it was told to stop."""
-        from tqdm import tqdm
-
-        self.model.train()
-        batches = self.batches["train"].epoch(self.settings.seed, self.at["epoch"])
-        if self.at["phase"]:  # photos instead of captions
-            # A third of them an epoch: it knows few photos by heart soon, and the best moment is over quickly.
-            count = len(self.data.rows["train"])
-            order = np.random.default_rng((self.settings.seed, self.at["epoch"])).permutation(
-                count
-            )[: math.ceil(count / 3)]
-            batches = np.array_split(
-                order, math.ceil(len(order) * SAMPLES / (2 * self.recipe["batch_size"]))
-            )
-        clock = time.monotonic()
-        for batch in tqdm(
-            batches[self.at["step"] :],
-            desc=f"epoch {self.at['epoch'] + 1}",
+        """Go through the rest of the present epoch, with a checkpoint every few minutes; False if it stopped."""
+        at = self.progress
+        self.model.train()  # dropout on
+        batches = self.objective.batches(at.epoch)
+        bar = progress(
+            batches[at.step :],
+            initial=at.step,
+            total=len(batches),
+            desc=f"epoch {at.epoch + 1}",
             unit="batch",
-            disable=self.rank > 0,
-            mininterval=2,
             leave=False,
-        ):
-            self.train_step(batch, self.at["epoch"] * len(batches) + self.at["step"])
+            disable=self.rank > 0,
+        )
+        clock = time.monotonic()
+        for batch in bar:
+            # The number is unique in the run, so that no two steps have the same dropout.
+            self.train_step(batch, at.epoch * len(batches) + at.step)
+            at.step += 1
             now = time.monotonic()
-            self.at["step"], self.at["seconds"], clock = (
-                self.at["step"] + 1,
-                self.at["seconds"] + now - clock,
-                now,
-            )
-            if self.at["step"] % (1 if self.world == 1 else 10) == 0:
-                # All processes save, or stop, after the same step.
-                late = now > self.deadline
-                wishes = torch.tensor(
-                    [bool(self.stop) or late, now - self.saved > CHECKPOINT_SECONDS],
-                    device=self.device,
-                )
-                stop, due = _gathered(wishes.int()).amax(0).tolist()
-                if stop or due:
-                    self.save()
-                if stop:
-                    self.stop = self.stop or (
-                        "max_hours is over" if late else "another process was asked to stop"
-                    )
-                    return False
-        likelihood = float(self.at["likelihood"])
+            at.sums["seconds"] += now - clock
+            clock = now
+            if self._pause():
+                return False
+        likelihood = float(at.sums["likelihood"])  # a NaN stays in a sum: once an epoch is enough
         if not math.isfinite(likelihood):
             raise ArtifactError(
-                f"The loss became {likelihood} in epoch {self.at['epoch'] + 1}. Try learning_rate="
+                f"The loss became {likelihood} in epoch {at.epoch + 1}. Try learning_rate="
                 f"{self.recipe['learning_rate'] / 3:.1g}, or precision='float32'."
             )
         return True
 
-    def total(self, what: str) -> float:
-        """Return a sum of this epoch so far ("likelihood", "reward", "captions"), of all processes."""
-        return float(
-            _gathered(torch.as_tensor(self.at[what], dtype=torch.float64, device=self.device)).sum()
-        )
+    def _pause(self) -> bool:
+        """Save if that is due, and return whether to stop: all processes decide the same, after the same step."""
+        if self.world > 1 and self.progress.step % 10:
+            return False
+        now = time.monotonic()
+        late = now > self.deadline
+        wishes = _gather([bool(self.stop) or late, now - self.saved > CHECKPOINT_SECONDS])
+        stop, due = (any(wish) for wish in zip(*wishes, strict=True))
+        if stop or due:
+            self.save()
+        if stop and not self.stop:
+            self.stop = "max_hours is over" if late else "another process was asked to stop"
+        return stop
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
-        """Return the loss a token on the validation captions, and what beam search tells of the validation photos."""
-        self.teller.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.batches["val"].epoch(0, 0, shuffle=False)[self.rank :: self.world]:
-            total[0] += self._forward(self.teller, *self._captions("val", batch))[1]
-            total[1] += int(self.batches["val"].lengths[batch].sum()) - len(batch)
-        likelihood, tokens = _gathered(total).sum(0).tolist()
-        rows = self.data.rows["val"]
-        # Every process tells every world-th photo; some tell one again, so that all tell the same number.
-        mine = rows[
-            np.arange(self.rank, math.ceil(len(rows) / self.world) * self.world, self.world)
-            % len(rows)
-        ]
-        ids = torch.full((len(mine), Decoding.max_length + 1), END, device=self.device)
-        for i, hypotheses in enumerate(generate(self.teller, self.features, mine)):
-            ids[i, : len(hypotheses[0].ids)] = torch.tensor(hypotheses[0].ids)
-        told = _gathered(ids).transpose(0, 1).flatten(0, 1)[: len(rows)].tolist()
-        return likelihood / tokens, [self.data.vocab.decode(caption) for caption in told]
+        """Return the loss a token on the validation captions, and beam search's captions of the validation photos."""
+        captions, model = self.batches["val"], self.progress.ema.eval()  # dropout off
+        likelihood = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = captions.epoch(0, 0, shuffle=False)[self.rank :: self.world]
+        quiet = {"leave": False, "delay": 5, "disable": self.rank > 0}
+        for batch in progress(batches, desc="validation loss", unit="batch", **quiet):
+            features = self.features[captions.rows[batch]]  # (B, R, D)
+            with self.autocast():
+                # The likelihood alone: label smoothing would make losses of recipes incomparable.
+                likelihood += model(features, captions.words(batch).to(self.device))[1]
+        total = sum(_gather(float(likelihood)))
+        # Every process captions every world-th photo.
+        mine = self.data.rows["val"][self.rank :: self.world]
+        hypotheses = generate(model, self.features, mine, progress=self.rank == 0)
+        generated: list = [None] * len(self.data.rows["val"])
+        for rank, part in enumerate(_gather([found[0].ids for found in hypotheses])):
+            generated[rank :: self.world] = part
+        tokens = int(captions.lengths.sum()) - len(captions.lengths)  # <start> is not predicted
+        return total / tokens, [self.data.vocab.decode(ids) for ids in generated]
 
     def finish_epoch(self) -> None:
         """Validate, add a line to the history, keep the weights if they are the best so far."""
-        loss, told = self.validate()
-        cider = float(self.cider.score(told).mean())
-        epoch, seconds, phase = self.at["epoch"] + 1, self.at["seconds"], self.at["phase"]
-        captions = self.total("captions") if phase else len(self.batches["train"].rows)
-        # Of its own samples, the negative log-likelihood is the entropy of what it tells.
+        at = self.progress
+        loss, captions = self.validate()
+        cider = float(self.cider.score(captions).mean())
+        sums = at.totals()
+        critical = at.phase == "self_critical"
+        reward = round(sums["reward"] / sums["captions"], 5) if critical else None
         line = {
-            "epoch": epoch,
-            "train_loss": round(self.total("likelihood") / self.at["tokens"], 5),
+            "epoch": at.epoch + 1,
+            "train_loss": round(sums["likelihood"] / sums["tokens"], 5),
             "val_loss": round(loss, 5),
             "val_cider": round(cider, 5),
-            "reward": round(self.total("reward") / captions, 5) if phase else None,
-            "seconds": round(seconds, 1),
-            "captions_per_second": round(captions / max(seconds, 1e-9)),
+            "reward": reward,
+            "seconds": round(sums["seconds"], 1),
+            "captions_per_second": round(sums["captions"] / max(sums["seconds"], 1e-9)),
+            "val_photos": len(captions),
         }
-        self.history.append(line)
-        self.told += [
-            [epoch, name, self.data.vocab.sentence(words)]
-            for name, words in zip(self.data.names["val"][:5], told, strict=False)
-        ]
-        score = cider if self.settings.select_by == "cider" else -loss
-        if score > self.best["score"]:
-            weights = {
-                name: tensor.detach().cpu().clone()
-                for name, tensor in self.teller.state_dict().items()
-            }
-            self.best = {"score": score, "epoch": epoch, "weights": weights}
-        self.at |= dict(BEGINNING, epoch=epoch)
+        at.history.append(line)
+        for name, words in zip(self.data.names["val"][:5], captions[:5], strict=True):
+            at.examples.append([at.epoch + 1, name, self.data.vocab.sentence(words)])
+        score = cider if self.select_by == "cider" else -loss
+        if score > at.best["score"]:
+            state = at.ema.state_dict()  # copied, as training goes on in the same tensors
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            at.best = {"score": score, "epoch": at.epoch + 1, "weights": weights}
+        at.epoch += 1
+        at.begin_epoch()
         self.save()
-        if self.rank == 0:
-            learnt = f"reward {line['reward']:.3f}, entropy" if phase else "loss"
-            print(
-                f"epoch {epoch}: {learnt} {line['train_loss']:.3f}, validation loss {loss:.3f}, CIDEr-D {cider:.3f}, "
-                f"{line['captions_per_second']:,} captions/s",
-                file=sys.stderr,
-            )
+        # Of its own samples, the negative log-likelihood is the entropy of what it generates.
+        learned = f"reward {reward:.3f}, entropy" if critical else "loss"
+        self._say(
+            f"epoch {at.epoch}: {learned} {line['train_loss']:.3f}, validation loss {loss:.3f}, "
+            f"CIDEr-D {cider:.3f}, {line['captions_per_second']:,} captions/s"
+        )
 
-    # The whole
+    # All epochs
 
     def run(self) -> None:
         """Train all epochs, from last.pt where there is one, and write the best captioner into model/.
 
-        What is told to stop before (`stop`, or `max_hours`) says so in status.json.
+        What stops before (`stop`, or `max_hours`) says so in status.json.
         """
         self.resume()
         wait_for_all()
-        if self.rank == 0:
+        if self.rank == 0 and not self.progress.history:
+            # What an earlier run left must not pass for this one's.
             shutil.rmtree(self.out / "model", ignore_errors=True)
-            set_status(self.out, stopped={})
-            print(f"{self.world} x {self.device.type}, {self.reason}", file=sys.stderr)
+            for name in ("history.csv", "examples.csv"):
+                (self.out / name).unlink(missing_ok=True)
         while (more := self.wanted()) and self.train_epoch():
             self.finish_epoch()
         if self.rank == 0:
-            if more:
-                stopped = {
-                    "epoch": self.at["epoch"],
-                    "step": self.at["step"],
-                    "epochs": self.recipe["epochs"] + self.recipe["self_critical"],
-                    "reason": self.stop,
-                }
-                set_status(self.out, stopped=stopped)
-            if self.history:
+            if self.progress.history:
                 self.write()
+            at, epochs = self.progress, self.recipe["epochs"] + self.recipe["self_critical"]
+            place = {"epoch": at.epoch, "step": at.step, "epochs": epochs, "reason": self.stop}
+            set_status(self.out, stopped=place if more else {})
         wait_for_all()
 
     def wanted(self) -> bool:
-        """Return whether another epoch is wanted, in this phase or, from the best weights so far, in the self-critical one.
+        """Return whether another epoch is wanted, in this phase or in the self-critical one after it.
 
-        A phase ends with its epochs, or when the last few were all worse than the best; the self-critical one also when
-        the captions lose their variety.
+        A phase ends with its epochs, or when the last few were all worse than the best; the self-critical one also
+        when the captions lose their variety.
         """
-        critical = [line for line in self.history if line["reward"] is not None]
-        tired = (
-            bool(self.history) and self.at["epoch"] - self.best["epoch"] >= self.recipe["patience"]
-        )
-        if (
-            not self.at["phase"]
-            and (tired or self.at["epoch"] >= self.recipe["epochs"])
-            and self.recipe["self_critical"]
-        ):
-            self.begin_self_critical()
+        at, patience = self.progress, self.recipe["patience"]
+        tired = bool(at.history) and at.epoch - at.best["epoch"] >= patience
+        if at.phase == "likelihood":
+            if at.epoch < self.recipe["epochs"] and not tired:
+                return True
+            if self.recipe["self_critical"]:
+                self.begin_self_critical()
+            return at.phase == "self_critical"
+        entropies = [line["train_loss"] for line in at.history if line["reward"] is not None]
+        if not entropies:
             return True
-        if self.at["phase"]:
-            collapsed = (
-                bool(critical) and critical[-1]["train_loss"] < critical[0]["train_loss"] / 3
-            )
-            tired = len(critical) >= self.recipe["patience"] and tired
-            return len(critical) < self.recipe["self_critical"] and not tired and not collapsed
-        return self.at["epoch"] < self.recipe["epochs"] and not tired
+        collapsed = entropies[-1] < entropies[0] / 3  # the same caption whatever is drawn
+        tired = tired and len(entropies) >= patience
+        return len(entropies) < self.recipe["self_critical"] and not tired and not collapsed
+
+    def begin_self_critical(self) -> None:
+        """Go back to the best weights, from where the captioner learns from its own captions."""
+        for model in (self.captioner, self.progress.ema):
+            model.load_state_dict(self.progress.best["weights"])
+        self.progress.optimizer.state.clear()  # moments of the other objective's gradients
+        self.progress.phase = "self_critical"
 
     def write(self) -> None:
-        """Write history.csv, told.csv and model/, the best captioner so far."""
-        write_csv(
-            self.out / "history.csv",
-            list(self.history[0]),
-            [list(line.values()) for line in self.history],
-        )
-        write_csv(self.out / "told.csv", ["epoch", "image", "caption"], self.told)
-        self.captioner.load_state_dict(self.best["weights"])
-        Storyteller(
+        """Write history.csv, examples.csv and model/, the best captioner so far."""
+        at = self.progress
+        rows = [list(line.values()) for line in at.history]
+        write_csv(self.out / "history.csv", list(at.history[0]), rows)
+        write_csv(self.out / "examples.csv", ["epoch", "image", "caption"], at.examples)
+        self.captioner.load_state_dict(at.best["weights"])
+        storyteller = Storyteller(
             self.config(), self.data.vocab, self.captioner.cpu(), self.extracted
-        ).save_pretrained(self.out / "model")
+        )
+        storyteller.save_pretrained(self.out / "model")
 
     def config(self) -> dict:
         """Describe the captioner: all that it takes to build it, and what it was trained on."""
-        extracted, best = (
-            read_json(self.extracted / "manifest.json"),
-            self.history[self.best["epoch"] - 1],
-        )
-        facts, settings, recipe = extracted["facts"], extracted["settings"], dict(self.recipe)
-        stages = {
-            "01_extract_features": settings,
-            "02_vocab": read_json(self.prepared / "manifest.json")["settings"],
-            "03_train_dual_t4": dataclasses.asdict(self.settings),
-        }
+        extracted = read_json(self.extracted / "manifest.json")
+        prepared = read_json(self.prepared / "manifest.json")
+        best, recipe = self.progress.history[self.progress.best["epoch"] - 1], dict(self.recipe)
+        stages = [extracted["settings"], prepared["settings"], dataclasses.asdict(self.settings)]
+        # Where files lie on this machine is nobody else's business.
+        stages = [{k: v for k, v in s.items() if k not in LOCATIONS} for s in stages]
+        facts, chosen = extracted["facts"], extracted["settings"]
+        mean, deviation = self.captioner.mean.tolist(), self.captioner.deviation.tolist()
         return {
             "decoder": recipe.pop("decoder"),
             "sizes": recipe.pop("sizes"),
-            "backbone": facts["backbone"],
-            "backbone_sha256": facts["backbone_sha256"],
-            "regions": facts["regions"],
-            "width": facts["width"],
-            "preprocessing": settings["preprocessing"],
-            "photo_size": settings["photo_size"],
-            "precision": settings["precision"],
+            **{n: facts[n] for n in ("backbone", "backbone_sha256", "regions", "width")},
+            **{n: chosen[n] for n in ("preprocessing", "photo_size", "precision")},
+            "language": prepared["settings"].get("language", "en"),
             "dataset": extracted["dataset"],
             "recipe": self.settings.recipe,
-            "settings": stages,
+            "settings": dict(zip(STAGES, stages, strict=False)),
             "training": {
                 **recipe,
+                **{n: best[n] for n in ("val_loss", "val_cider", "val_photos")},
                 "seed": self.settings.seed,
                 "photos": len(self.data.rows["train"]),
                 "best_epoch": best["epoch"],
-                "val_loss": best["val_loss"],
-                "val_cider": best["val_cider"],
+                "select_by": self.select_by,
             },
-            "feature_mean": [float(f"{x:.7g}") for x in self.captioner.mean.tolist()],
-            "feature_deviation": [float(f"{x:.7g}") for x in self.captioner.deviation.tolist()],
+            "feature_mean": [float(f"{x:.7g}") for x in mean],
+            "feature_deviation": [float(f"{x:.7g}") for x in deviation],
         }
 
+    # Checkpoints
+
     def save(self) -> None:
-        """Write last.pt: tensors, numbers and names only, so that it can be read without running anything."""
-        at = self.at | {what: self.total(what) for what in ("likelihood", "reward", "captions")}
+        """Write last.pt."""
+        totals = self.progress.totals()
         self.saved = time.monotonic()
         if self.rank == 0:
-            with replacing(self.out / "last.pt") as temporary, open(temporary, "wb") as file:
-                torch.save(
-                    {
-                        "key": self.key,
-                        "at": at,
-                        "history": self.history,
-                        "told": self.told,
-                        "best": self.best,
-                        "model": self.captioner.state_dict(),
-                        "teller": self.teller.state_dict(),
-                        "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict(),
-                    },
-                    file,
-                )
+            self.progress.save(self.out / "last.pt", totals)
 
     def checkpoints(self) -> list[tuple[Path, bool]]:
-        """List what to go on from, the first that fits, and whether it was asked for and need not be of this very run: this
-        folder's last.pt if a run left it unfinished, then `resume_from`, else, on Kaggle, that of one that is attached.
+        """List what to go on from, the first that fits, and whether it was asked for and may be of another run.
+
+        This folder's last.pt, then `resume_from`; else, on Kaggle, that of an attached run that stopped.
         """
         asked, inputs, own = self.settings.resume_from, kaggle_input(), self.out / "last.pt"
-        # What is older than this run is that of one that was finished.
-        unfinished = own.is_file() and own.stat().st_mtime > self.began
-        found = []
+        found = [(own, False)] if own.is_file() else []
         if asked:
-            path = Path(asked)
-            found = (
-                [path]
-                if path.is_file()
-                else [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
+            return [*found, (self._asked_checkpoint(Path(asked)), True)]
+        if found or not inputs:
+            return found
+        folders = _attached(inputs, self.out.name, "status.json")
+        if len(folders) > 1:
+            raise ArtifactError(
+                f"{len(folders)} unfinished runs of {self.out.name} are attached; remove all but one "
+                "from this notebook's inputs:\n  " + "\n  ".join(sorted(map(str, folders)))
             )
-            if len(found) != 1:
-                raise ArtifactError(
-                    f"resume_from {asked} holds {len(found)} checkpoints (last.pt); name the one you mean."
-                )
-        elif inputs and not own.is_file():
-            found = [
-                folder / "last.pt" for folder in _attached(inputs, self.out.name, "status.json")
-            ]
-            if len(found) > 1:
-                raise ArtifactError(
-                    f"{len(found)} unfinished runs of {self.out.name} are attached; remove all but one from this "
-                    "notebook's inputs:\n  "
-                    + "\n  ".join(sorted(str(path.parent) for path in found))
-                )
-        return [(own, False)] * unfinished + [(path, bool(asked)) for path in found]
+        return [(f / "last.pt", False) for f in folders if (f / "last.pt").is_file()]
+
+    def _asked_checkpoint(self, path: Path) -> Path:
+        """Return the file that resume_from means: a last.pt, or a folder with one."""
+        if path.is_file():
+            return path
+        found = [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
+        if len(found) != 1:
+            raise ArtifactError(
+                f"resume_from {path} holds {len(found)} checkpoints (last.pt); name the one you mean."
+            )
+        return found[0]
 
     def resume(self) -> None:
         """Go on from the first of `checkpoints()` that fits; every process from the same place."""
         for path, asked in self.checkpoints():
             if self.load(path, asked):
                 break
-            if self.rank == 0:
-                print(
-                    f"{path} is of a run with other settings or other data, and is not used",
-                    file=sys.stderr,
-                )
-        places = _gathered(
-            torch.tensor([self.at[name] for name in ("epoch", "step", "phase")], device=self.device)
-        )
-        if (places != places[0]).any():
+        at = self.progress
+        places = _gather((at.epoch, at.step, at.phase))
+        if len(set(places)) > 1:
             raise ArtifactError(
-                f"The machines have different checkpoints (epoch, step, phase: {places.tolist()}). Copy outputs/ "
-                "of the first to the others again."
+                f"The machines have different checkpoints (epoch, step, phase: {places}). Copy "
+                "outputs/ of the first to the others again."
             )
 
     def load(self, path: Path, asked: bool) -> bool:
-        """Read a checkpoint; one of another run only if it was asked for. Returns whether it was read."""
+        """Read a checkpoint; that of another run only if it was asked for. Returns whether it was read."""
+        at = self.progress
+        self._say(f"reading {path}")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["key"] != self.key and not asked:
+            # The run that this folder's last.pt is of may have been finished since: then this is a new one.
+            finished = path == self.out / "last.pt" and state["began"] != at.began
+            if not asked and (finished or state["key"] != at.key):
+                if not finished:
+                    self._say(f"{path} is of a run with other settings or data, and is not used")
                 return False
-            for model, name in ((self.teller, "teller"), (self.captioner, "model")):
-                model.load_state_dict(
-                    {key.removeprefix("module."): tensor for key, tensor in state[name].items()}
-                )
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty where the gradients were not scaled
-                self.scaler.load_state_dict(state["scaler"])
-            self.at, self.history, self.told, self.best = (
-                state[name] for name in ("at", "history", "told", "best")
-            )
+            at.load(state, self.rank)
         except Exception as error:  # zipfile, unpickler and load_state_dict each have their own
             raise ArtifactError(
                 f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
                 + ("Set resume_from to another one." if asked else "Delete it to begin anew.")
             ) from None
-        if self.rank == 0:
-            print(
-                f"going on after {self.at['epoch']} epochs and {self.at['step']} steps",
-                file=sys.stderr,
-            )
-        else:
-            self.at |= {
-                "likelihood": 0.0,
-                "reward": 0.0,
-                "captions": 0,
-            }  # what all processes had is the first one's now
+        self._say(f"going on after {at.epoch} epochs and {at.step} steps")
         return True
 
 
@@ -3150,24 +3216,23 @@ def train_worker(job: dict) -> None:
 
     try:
         trainer = Trainer(job)
+
+        def ask(number, _):
+            trainer.stop = f"asked to stop ({signal.Signals(number).name})"
+
         # The ways in which people, schedulers, torchrun and `launch` ask a process to end.
-        for asking in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(
-                asking,
-                lambda number, _: setattr(
-                    trainer, "stop", f"asked to stop ({signal.Signals(number).name})"
-                ),
-            )
+        signal.signal(signal.SIGTERM, ask)
+        signal.signal(signal.SIGINT, ask)
         trainer.run()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
             raise
         settings, recipe = job["settings"], TrainSettings(**job["settings"]).resolved()
         raise ArtifactError(
-            f"Out of memory at batch_size={recipe['batch_size']}: try accumulate={2 * settings['accumulate']} (same result in "
-            f"less memory), then batch_size={max(1, recipe['batch_size'] // 2)}, then max_caption_length="
+            f"Out of memory at batch_size={recipe['batch_size']}: try accumulate="
+            f"{2 * settings['accumulate']} (same result in less memory), then batch_size="
+            f"{max(1, recipe['batch_size'] // 2)}, then max_caption_length="
             f"{min(25, recipe['max_caption_length'] // 2)}."
         ) from None
 
@@ -3175,8 +3240,9 @@ def train_worker(job: dict) -> None:
 def train(run: Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
 
-    Returns the history as a pandas DataFrame; `run.out` holds model/, last.pt, history.csv and told.csv. When `max_hours`
-    is over, that is what there is so far, and no manifest will be; ArtifactError when not even one epoch was finished.
+    Returns the history as a pandas DataFrame, a row an epoch; `run.out` holds model/, last.pt, history.csv and
+    examples.csv. Where `max_hours` is over before the last epoch, that is what there is so far, and a sentence says how
+    to go on; before the first one, there is only last.pt.
     """
     import pandas as pd
 
@@ -3188,16 +3254,15 @@ def train(run: Run):
     for name in ("captions.csv", "vocab.json"):
         prepared / name
     launch("train", run)
-    if left := read_status(run.out).get("stopped"):
-        told = (
-            f"Training stopped after {left['epoch']} of {left['epochs']} epochs and {left['step']} steps: {left['reason']}. "
-            "Run this notebook again, with the same settings: it goes on there. On Kaggle, first add the output of this "
-            "version as an input of the notebook."
+    if stopped := read_status(run.out).get("stopped"):
+        print(
+            f"Training stopped after {stopped['epoch']} of {stopped['epochs']} epochs and "
+            f"{stopped['step']} steps: {stopped['reason']}. Run this notebook again, with the same "
+            "settings: it goes on there. On Kaggle, first add the output of this version as an input "
+            "of the notebook."
         )
-        if not (run.out / "model").is_dir():
-            raise ArtifactError(told)
-        print(told)
-    return pd.read_csv(run.out / "history.csv")
+    path = run.out / "history.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

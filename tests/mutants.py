@@ -146,15 +146,15 @@ MUTANTS = [
     ),
     Mutant(
         "samples are compared across photos",
-        "Trainer._samples",
+        "SelfCritical.draw",
         "rewards.mean(1, keepdims=True)",
         "rewards.mean()",
     ),
     Mutant(
         "dropout differs in a resumed run",
         "Trainer.train_step",
-        "self.settings.seed * 1_000_003 + step",
-        "self.settings.seed * 1_000_003 + int(self.at['seconds'] * 1e9)",
+        "self.settings.seed * 1_000_003 + number",
+        "self.settings.seed * 1_000_003 + int(sums['seconds'] * 1e9)",
     ),
     Mutant(
         "CIDEr-D takes five references for granted",

@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_features_words_weights_and_captions_again(
         "02_vocab/captions.csv",
         "02_vocab/vocab.json",
         "03_train_dual_t4/model/model.safetensors",
-        "03_train_dual_t4/told.csv",
+        "03_train_dual_t4/examples.csv",
         "04_evaluate/captions.csv",
     ):
         assert Path("outputs", name).read_bytes() == (tmp_path / "outputs" / name).read_bytes(), (
