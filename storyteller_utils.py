@@ -1,7 +1,7 @@
-"""Neural Storyteller looks at a photo and tells, in one sentence, what is in it: all that notebooks, Space and Kaggle share.
+"""Neural Storyteller captions photos: what its notebooks, Space, Kaggle copies and commands share.
 
-Sections: 1 stages and artifacts, 2 settings, 3 captions and splits, 4 words, 5 photos to features, 6 batches, 7 model,
-8 training, 9 telling, 10 scores, 11 showing, 12 shipping. Axes: N photos, B batch, R regions, D feature width, T tokens,
+Sections: 1 stages and artifacts, 2 settings, 3 captions, 4 photos, 5 model, 6 training,
+7 captioning, 8 scores, 9 figures. Axes: N photos, B batch, R regions, D feature width, T tokens,
 V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk, network or GPU.
 """
 
@@ -42,9 +42,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Stages and artifacts
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Order and dependencies, written here only: a stage's name is its notebook's, its Kaggle folder's
 # and its output's.
@@ -56,7 +56,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "05_deploy": ("03_train_dual_t4", "04_evaluate"),
 }
 OUTPUTS = Path("outputs")
-# Where a dataset or a file lies, and who computes for how long, says nothing about what is computed.
+# Where files lie, and who computes for how long, says nothing about what is computed.
 LOCATIONS = {
     "dataset_dir",
     "captions",
@@ -70,7 +70,7 @@ LOCATIONS = {
 
 
 class ArtifactError(RuntimeError):
-    """A file or folder that is missing, broken or does not fit; the message says what to do next."""
+    """A file or folder that is missing, broken or does not fit, and what to do about it."""
 
 
 def kaggle_input() -> Path | None:
@@ -242,7 +242,7 @@ def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence])
 
 
 def read_table(path: Path | str, *columns: str):
-    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word and not a gap.
+    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word.
 
     Raises ArtifactError when it is none, or lacks one of `columns`.
     """
@@ -258,14 +258,14 @@ def read_table(path: Path | str, *columns: str):
 
 
 def sha256(what) -> str:
-    """Return the sha256, as hex digits, of a file's bytes (a path) or of a value's canonical JSON."""
+    """Return the sha256, as hex digits, of a file (a path) or of a value's canonical JSON."""
     if isinstance(what, Path):
         return _file_sha256(what)
     return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _file_sha256(path: Path) -> str:
-    """Hash a file. A large one is hashed once on a machine, as long as inode, size and times stay."""
+    """Hash a file: a large one once on a machine, as long as inode, size and times stay."""
     stat = path.stat()
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -330,7 +330,7 @@ def set_status(out: Path, **changes) -> None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a finished stage left. `artifact / name` is a file or folder of it, verified as it is read."""
+    """What a finished stage left: `artifact / name` is a file or folder of it, verified."""
 
     stage: str
     folder: Path
@@ -408,7 +408,7 @@ def _attached(inputs: Path, stage: str, name: str) -> list[Path]:
 
 @dataclass
 class Run:
-    """One execution of a stage: its settings, its dataset (None for 05), its folder, and what it has read."""
+    """One execution of a stage: its settings, dataset (none in 05), folder, and what it read."""
 
     stage: str
     settings: object
@@ -465,7 +465,7 @@ class Run:
         }
 
     def finish(self, **facts) -> None:
-        """Write manifest.json, which makes the stage finished, and say what it leaves for which notebook.
+        """Write manifest.json, which makes the stage finished, and say which notebook is next.
 
         facts  JSON values that the next stages, or a person, want to know
 
@@ -515,7 +515,7 @@ class Run:
             "reads": {name: artifact.manifest["edition"] for name, artifact in self.reads.items()},
             "seconds": round(seconds, 1),
             "finished": time.time(),
-            "memory": peak_memory(),
+            "memory": _peak_memory(),
             "module": sha256(Path(__file__)),
             "versions": {
                 "python": sys.version.split()[0],
@@ -525,7 +525,7 @@ class Run:
         }
 
 
-def peak_memory() -> int:
+def _peak_memory() -> int:
     """Return the most memory, in bytes, that this process or a child it waited for has held."""
     import resource
 
@@ -534,21 +534,12 @@ def peak_memory() -> int:
     return max(resource.getrusage(who).ru_maxrss for who in both) * unit
 
 
-def memory_limit(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes of memory may be used: the machine's, or its container's where that is less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 and 1
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limits.append(int((cgroups / name).read_text()))
-    return min(limits)
-
-
 def _choose_settings(stage: str, variables: dict) -> dict:
     """Pick a stage's parameters out of a notebook's variables, by the names of its settings."""
     names = [field.name for field in dataclasses.fields(SETTINGS[stage])]
     if missing := [name for name in names if name not in variables]:
         raise ValueError(
-            f"{stage} lacks the parameter {', '.join(missing)}; the notebook's second cell sets them"
+            f"{stage} lacks the parameter {', '.join(missing)}: its notebook's second cell sets it"
         )
     # papermill only warns of a parameter that a notebook does not have; what it injected is in the
     # kernel's history.
@@ -597,7 +588,7 @@ def _mark_unfinished(out: Path) -> None:
 
 
 def launch(command: str, run: Run, processes: int = 0) -> None:
-    """Run the worker `command` ("extract" or "train") for `run`: torchrun with one process a GPU, or one plain process.
+    """Run the worker `command` ("extract" or "train"): a process a GPU by torchrun, or a plain one.
 
     processes  on this machine; 0: as many as there are GPUs, at least one
 
@@ -629,7 +620,10 @@ def _worker_command(command: str, run: Run, processes: int) -> list[str]:
 
 
 def _stream(words: list[str]) -> tuple[int, str]:
-    """Run a worker and pass on what it says. Returns its status, and its output from its first error on, or the end."""
+    """Run a worker and pass on its output.
+
+    Returns its status, and its output from the first error on, else the end of it.
+    """
     # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy
     # neighbour.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -675,7 +669,7 @@ def _failure(command: str, status: int, output: str) -> Exception:
 
 
 def _work(worker, status: str) -> None:
-    """Run a worker of `launch` by the job in a status.json; its error is printed, and ends the process."""
+    """Run a worker of `launch` by the job in a status.json; print the error that ends it."""
     import signal
     import threading
 
@@ -703,9 +697,9 @@ def _work(worker, status: str) -> None:
             torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 PHOTO_SIZE = 224  # the side, in pixels, that backbones were trained at
@@ -737,7 +731,7 @@ def _typed(field: dataclasses.Field, value):
 
 
 class _Settings:
-    """A stage's parameters: names, types and rules; the defaults are in its notebook's parameter cell."""
+    """A stage's parameters: names, types, rules. The defaults are in its notebook's second cell."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -877,14 +871,8 @@ class DeploySettings(_Settings):
             )
 
 
-SETTINGS = {
-    stage: kind
-    for stage, kind in zip(
-        STAGES,
-        (ExtractSettings, VocabSettings, TrainSettings, EvaluateSettings, DeploySettings),
-        strict=True,
-    )
-}
+_KINDS = (ExtractSettings, VocabSettings, TrainSettings, EvaluateSettings, DeploySettings)
+SETTINGS = dict(zip(STAGES, _KINDS, strict=True))
 
 
 def choose_precision(
@@ -898,16 +886,15 @@ def choose_precision(
     """
     if override != "auto":
         return getattr(torch, override), f"{override}, as asked for"
-    if device == "cuda" and capability >= (8, 0):
+    if device == "cpu":
+        if set(cpu_flags.split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
+            return torch.bfloat16, "bfloat16: this processor has it in hardware"
+        return torch.float32, "float32: this processor has no bfloat16"
+    if capability >= (8, 0):
         return torch.bfloat16, "bfloat16: this GPU has it in hardware"
-    if device == "cuda" and capability >= (7, 0):
+    if capability >= (7, 0):
         return torch.float16, "float16: this GPU only emulates bfloat16"
-    if device == "cpu" and set(cpu_flags.split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return torch.bfloat16, "bfloat16: this processor has it in hardware"
-    return (
-        torch.float32,
-        f"float32: this {'GPU has no tensor cores' if device == 'cuda' else 'processor has no bfloat16'}",
-    )
+    return torch.float32, "float32: this GPU has no tensor cores"
 
 
 def precision_here(device: torch.device, override: str = "auto"):
@@ -1378,9 +1365,9 @@ class CaptionBatches:
         return torch.from_numpy(ids)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Photos to features
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 4. Photos
+# --------------------------------------------------------------------------------------------------
 
 CPU_SLICE = (
     8  # photos a forward pass on a CPU: what layers hand on stays in its cache, 1.3x as fast as 32
@@ -2130,9 +2117,9 @@ class Features:
         return mean.float(), variance.clamp(min=1e-8).sqrt().float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Model
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 5. Model
+# --------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -2497,9 +2484,9 @@ class Captioner(nn.Module):
         return losses.sum(), likelihood
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 6. Training
+# --------------------------------------------------------------------------------------------------
 
 # What a recipe decides; a setting of the same name overrides it.
 RECIPES = {
@@ -3265,9 +3252,9 @@ def train(run: Run):
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Captioning
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 7. Captioning
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3989,7 +3976,7 @@ def _card_table(title: str, header: tuple, rows: list[tuple]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# 10. Scores
+# 8. Scores
 # -------------------------------------------------------------------------------------------------
 
 METRICS = (
@@ -4320,7 +4307,7 @@ def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Wor
 
 
 # -------------------------------------------------------------------------------------------------
-# 11. Showing
+# 9. Figures
 # -------------------------------------------------------------------------------------------------
 
 
@@ -4410,9 +4397,9 @@ def score_table(rows: dict[str, dict], title: str):
     return pd.DataFrame(columns).rename(index={"METEOR": label}).rename_axis(title)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # As a program
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -591,22 +591,13 @@ def test_a_large_file_is_hashed_once_until_it_changes(here, monkeypatch):
 # Memory and bars
 
 
-@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_the_memory_limit_is_the_containers_where_that_is_less(tmp_path, name):
-    machine = st.memory_limit(tmp_path)
-    (tmp_path / "memory").mkdir()
-    for text, limit in (("max", machine), (str(2**62), machine), ("123456789", 123456789)):
-        (tmp_path / name).write_text(f"{text}\n")
-        assert st.memory_limit(tmp_path) == limit
-
-
 @pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
+def test_peak_memory_is_in_bytes_on_every_system(here, data, monkeypatch, platform, unit):
     import resource
 
     monkeypatch.setattr(sys, "platform", platform)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert kib * unit <= st.peak_memory() < kib * unit * 100
+    assert kib * unit <= finished(VOCAB, data)["memory"] < kib * unit * 100
 
 
 def test_away_from_a_terminal_a_bar_is_a_few_whole_lines(capsys):
