@@ -95,7 +95,11 @@ print(f"space/ holds {{len(texts) + len(photos)}} files")
 
 
 # What only one notebook uses lies beside it, and travels in its copy.
-BESIDE = {"02_vocab": ["caption_files.py"]}
+BESIDE = {
+    "01_extract_features": ["extraction.py"],
+    "02_vocab": ["caption_files.py"],
+    "03_train_dual_t4": ["training.py"],
+}
 
 
 class PushError(RuntimeError):

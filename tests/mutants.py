@@ -143,18 +143,21 @@ MUTANTS = [
         "Trainer.train_step",
         "features[part]",
         "features[:len(part)]",
+        file="notebooks/training.py",
     ),
     Mutant(
         "samples are compared across photos",
         "SelfCritical.draw",
         "rewards.mean(1, keepdims=True)",
         "rewards.mean()",
+        file="notebooks/training.py",
     ),
     Mutant(
         "dropout differs in a resumed run",
         "Trainer.train_step",
         "self.settings.seed * 1_000_003 + number",
         "self.settings.seed * 1_000_003 + int(sums['seconds'] * 1e9)",
+        file="notebooks/training.py",
     ),
     Mutant(
         "CIDEr-D takes five references for granted",

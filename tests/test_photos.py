@@ -22,6 +22,7 @@ from hypothesis import strategies as st_
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 from torch import nn
 
+import extraction
 import sample
 import storyteller_utils as st
 from support import begin_stage
@@ -782,7 +783,7 @@ def left(out: Path) -> dict[str, bytes]:
 def extracted(data, **settings) -> tuple[np.ndarray, list[dict], dict[str, bytes]]:
     """Extract in this process. Returns the features, images.csv's rows, and the files as bytes."""
     run = begun(data, **settings)
-    st.extract_worker(run.job())
+    extraction.extract_worker(run.job())
     features = np.load(run.out / "features.npy", allow_pickle=False)
     return features, st.read_table(run.out / "images.csv").to_dict("records"), left(run.out)
 
@@ -1011,7 +1012,7 @@ def test_mirrored_photos_are_a_second_file_of_their_own_features(
         precision="float32",
         flips=flips,
     )
-    st.extract(run)
+    extraction.extract(run)
     assert (run.out / "features_flip.npy").exists() == flips
     if flips:
         names = run.dataset.some(5)
@@ -1039,12 +1040,12 @@ def test_what_a_run_with_other_settings_left_is_not_taken(
 
 
 def test_a_stage_that_was_stopped_cannot_be_finished_by_hand_nor_read(here, drawn, monkeypatch):
-    monkeypatch.setattr(st, "launch", lambda command, run: st.extract_worker(run.job()))
-    st.extract(begun(drawn))
+    monkeypatch.setattr(st, "launch", lambda command, run: extraction.extract_worker(run.job()))
+    extraction.extract(begun(drawn))
     run = begun(drawn, preprocessing="crop")
     with monkeypatch.context() as dying, pytest.raises(Killed):
         stop_at_batch(dying, 3)
-        st.extract(run)
+        extraction.extract(run)
     run.finish()
     with pytest.raises(
         st.ArtifactError, match="01_extract_features stopped before it was finished"
@@ -1091,7 +1092,7 @@ def test_a_run_that_ended_before_its_manifest_does_nothing_again(here, drawn, mo
 
 def test_a_finished_run_is_extracted_anew(here, drawn, monkeypatch):
     run = begun(drawn, max_photos=4)
-    st.extract_worker(run.job())
+    extraction.extract_worker(run.job())
     run.finish()
     assert not list(run.out.glob(".*"))
     batches = stop_at_batch(monkeypatch, 1000)
@@ -1217,7 +1218,7 @@ def test_an_extraction_leaves_nothing_of_another_backbones(here, drawn):
     run = begun(
         drawn, backbone="resnet50", backbone_weights=_random_resnet(drawn.parent), max_photos=4
     )
-    st.extract_worker(run.job())
+    extraction.extract_worker(run.job())
     assert (
         run.out / "backbone.safetensors"
     ).is_file()  # the captioner carries it, so that it needs no network

@@ -23,6 +23,7 @@ import torch
 import caption_files
 import sample
 import storyteller_utils as st
+import training
 from support import begin_stage
 
 SMALL = {"epochs": 3, "batch_size": 32, "precision": "float32"}
@@ -82,7 +83,7 @@ def begin(**settings):
 
 
 def trained(run):
-    trainer = st.Trainer(run.job())
+    trainer = training.Trainer(run.job())
     trainer.run()
     return trainer
 
@@ -141,8 +142,8 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_very_same_weights(monkeypatc
     whole = trained(begin())
     expected, history = last(begin()), without_clock(whole.progress.history)
     st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
-    monkeypatch.setattr(st, "CHECKPOINT_SECONDS", 0)  # a checkpoint after every step
-    learn, seen = st.Trainer.train_step, []
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # a checkpoint after every step
+    learn, seen = training.Trainer.train_step, []
 
     def stopping(self, batch, number):
         if len(seen) == step:
@@ -150,10 +151,10 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_very_same_weights(monkeypatc
         seen.append(number)
         learn(self, batch, number)
 
-    monkeypatch.setattr(st.Trainer, "train_step", stopping)
+    monkeypatch.setattr(training.Trainer, "train_step", stopping)
     with pytest.raises(Stop):
         trained(begin())
-    monkeypatch.setattr(st.Trainer, "train_step", learn)
+    monkeypatch.setattr(training.Trainer, "train_step", learn)
     again = trained(begin())
     assert_same(last(begin())["model"], expected["model"])
     assert_same(last(begin())["best"]["weights"], expected["best"]["weights"])
@@ -162,7 +163,7 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_very_same_weights(monkeypatc
 
 def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
     whole = begin(epochs=6)
-    st.train(whole)
+    training.train(whole)
     expected = last(whole)["model"]
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
@@ -174,7 +175,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
     worker.wait()
     assert not (run.out / "model").exists()
     run = begin(epochs=6)
-    history = st.train(run)
+    history = training.train(run)
     assert_same(last(run)["model"], expected)
     assert list(history["epoch"]) == [1, 2, 3, 4, 5, 6]
 
@@ -192,7 +193,7 @@ def test_a_checkpoint_loads_with_the_prefix_that_dataparallel_writes():
     state = last(run)
     state["model"] = {f"module.{k}": v for k, v in state["model"].items()}
     torch.save(state, "parallel.pt")
-    trainer = st.Trainer(begin(resume_from="parallel.pt").job())
+    trainer = training.Trainer(begin(resume_from="parallel.pt").job())
     trainer.resume()
     assert_same(weights(trainer), last(run)["model"])
 
@@ -210,8 +211,8 @@ def test_a_broken_checkpoint_is_one_artifact_error(data):
 @pytest.mark.fast
 def test_slices_of_a_batch_give_the_gradient_of_the_whole():
     whole, sliced = (
-        st.Trainer(begin(dropout=0).job()),
-        st.Trainer(begin(dropout=0, accumulate=4).job()),
+        training.Trainer(begin(dropout=0).job()),
+        training.Trainer(begin(dropout=0, accumulate=4).job()),
     )
     for trainer in (whole, sliced):
         for step, batch in enumerate(trainer.batches["train"].epoch(13, 0)):
@@ -249,13 +250,13 @@ def test_an_epoch_has_every_caption_once_in_batches_of_alike_lengths():
 
 
 def test_captions_are_cut_to_the_longest_that_is_allowed():
-    trainer = st.Trainer(begin(max_caption_length=5).job())
+    trainer = training.Trainer(begin(max_caption_length=5).job())
     assert trainer.batches["train"].lengths.max() == 5 + 2  # and <start> and <end>
 
 
 @pytest.mark.fast
 def test_the_learning_rate_warms_up_and_falls():
-    trainer = st.Trainer(begin(epochs=50).job())
+    trainer = training.Trainer(begin(epochs=50).job())
     rates = [
         trainer.objective.learning_rate(step) for step in range(50 * len(trainer.batches["train"]))
     ]
@@ -271,7 +272,7 @@ def test_the_learning_rate_warms_up_and_falls():
 def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, select_by, kept):
     losses, ciders = iter([3.0, 2.5, 2.0, 2.2]), iter([0.1, 0.4, 0.3, 0.2])
     run = begin(epochs=4, select_by=select_by)
-    trainer, seen = st.Trainer(run.job()), {}
+    trainer, seen = training.Trainer(run.job()), {}
     told = trainer.validate()[1]
     monkeypatch.setattr(trainer, "validate", lambda: (next(losses), told))
     monkeypatch.setattr(trainer.cider, "score", lambda _: np.array([next(ciders)]))
@@ -295,15 +296,15 @@ def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatc
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(st.Trainer, "run", full)
+    monkeypatch.setattr(training.Trainer, "run", full)
     with pytest.raises(
         st.ArtifactError, match="batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"
     ):
-        st.train_worker(begin().job())
+        training.train_worker(begin().job())
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_advice():
-    trainer = st.Trainer(begin().job())
+    trainer = training.Trainer(begin().job())
     with torch.no_grad():
         trainer.captioner.decoder.output.bias.fill_(float("nan"))
     with pytest.raises(st.ArtifactError, match="learning_rate"):
@@ -314,7 +315,7 @@ def test_the_worker_of_a_killed_machine_says_so_and_what_to_do(monkeypatch):
     run = begin()
     monkeypatch.setattr(st.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="goes on where it stopped"):
-        st.train(run)
+        training.train(run)
 
 
 def test_features_of_other_photos_are_refused():
@@ -380,19 +381,19 @@ def test_hostile_results_of_earlier_stages_are_one_artifact_error_and_run_nothin
     (harmed,) = (path / name for path in job["reads"].values() if (path / name).exists())
     harmed.write_bytes(data)
     with pytest.raises(st.ArtifactError):
-        st.Trainer(job)
+        training.Trainer(job)
     assert not Path("a-pickle-was-run").exists()
 
 
 def count_steps(monkeypatch):
     """Let training go on as it does; return a list that gets longer with every step."""
-    steps, learn = [], st.Trainer.train_step
+    steps, learn = [], training.Trainer.train_step
 
     def counting(self, batch, number):
         steps.append(number)
         learn(self, batch, number)
 
-    monkeypatch.setattr(st.Trainer, "train_step", counting)
+    monkeypatch.setattr(training.Trainer, "train_step", counting)
     return steps
 
 
@@ -459,7 +460,7 @@ def wait_for(condition, what, seconds=60):
 @pytest.mark.parametrize("asking", ["SIGTERM", "SIGINT"])
 def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(asking):
     whole = begin(epochs=6)
-    st.train(whole)
+    training.train(whole)
     expected, history = last(whole)["model"], without_clock(last(whole)["history"])
     st.shutil.rmtree(whole.out)
     run = begin(epochs=6)
@@ -472,7 +473,7 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     assert asking in stopped["reason"] and 1 <= stopped["epoch"] < 6
     assert (run.out / "model/config.json").is_file(), "the best captioner so far"
     run = begin(epochs=6)
-    st.train(run)
+    training.train(run)
     assert_same(last(run)["model"], expected)
     assert without_clock(last(run)["history"]) == history
     assert not st.read_status(run.out)["stopped"]
@@ -484,7 +485,7 @@ def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
     expected = trained(begin(epochs=2)).progress.history
     model = last(begin(epochs=2))["model"]
     st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
-    assert st.train(begin(epochs=2, max_hours=1e-6)).empty
+    assert training.train(begin(epochs=2, max_hours=1e-6)).empty
     said = r"stopped after 0 of 2 epochs and 1 steps: max_hours is over.*goes on there"
     assert re.search(said, capsys.readouterr().out)
     with pytest.raises(st.ArtifactError, match="03_train_dual_t4 stopped before it was finished"):
@@ -510,14 +511,14 @@ def test_resume_from_takes_a_folder_and_says_when_it_is_not_clear(tmp_path):
     for place in ("one", "two"):
         st.shutil.copytree(st.OUTPUTS / "03_train_dual_t4", tmp_path / place / "03_train_dual_t4")
     assert (
-        st.Trainer(begin(resume_from=str(tmp_path / "one")).job())
+        training.Trainer(begin(resume_from=str(tmp_path / "one")).job())
         .checkpoints()[-1][0]
         .parent.parent
         == tmp_path / "one"
     )
     for place, count in ((tmp_path, 2), (tmp_path / "nowhere", 0)):
         with pytest.raises(st.ArtifactError, match=f"holds {count} checkpoints"):
-            st.Trainer(begin(resume_from=str(place)).job()).checkpoints()
+            training.Trainer(begin(resume_from=str(place)).job()).checkpoints()
 
 
 def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, capsys):
@@ -525,7 +526,7 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, ca
     elsewhere = st.shutil.move(st.OUTPUTS / "03_train_dual_t4/last.pt", tmp_path / "last.pt")
     settings = {"epochs": 3, "resume_from": str(elsewhere)}
     for steps in (1, 2):
-        st.train(begin(**settings, max_hours=1e-6))
+        training.train(begin(**settings, max_hours=1e-6))
         assert last(begin(**settings))["step"] == steps
     assert trained(begin(**settings)).progress.epoch == 3
     assert re.findall("going on after .*", capsys.readouterr().err) == [
@@ -536,10 +537,10 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, ca
 def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_other_settings_do(
     capsys,
 ):
-    st.train(begin(epochs=2, max_hours=1e-6))
+    training.train(begin(epochs=2, max_hours=1e-6))
     assert "stopped after 0 of 2" in capsys.readouterr().out
     for settings, used in (({"accumulate": 2}, True), ({"learning_rate": 0.5}, False)):
-        trainer = st.Trainer(begin(epochs=2, **settings).job())
+        trainer = training.Trainer(begin(epochs=2, **settings).job())
         trainer.resume()
         assert (trainer.progress.step == 1) == used
         assert ("is of a run with other settings" in capsys.readouterr().err) != used
@@ -553,9 +554,9 @@ def onednn():
 
 
 def test_a_run_in_float32_goes_on_in_float16_where_the_hardware_says_so(monkeypatch, onednn):
-    st.train(begin(epochs=2, max_hours=1e-6))
+    training.train(begin(epochs=2, max_hours=1e-6))
     monkeypatch.setattr(st, "precision_here", lambda *_: (torch.float16, "float16"))
-    trainer = st.Trainer(begin(epochs=2).job())
+    trainer = training.Trainer(begin(epochs=2).job())
     trainer.resume()
     assert trainer.progress.step == 1 and trainer.progress.scaler.get_scale() == 2**16
 
@@ -573,7 +574,7 @@ def test_float16_with_its_scaler_trains_what_float32_does_on_a_cpu_too(onednn):
 
 def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_averages(monkeypatch, onednn):
     monkeypatch.setitem(st.RECIPES["original"], "ema_decay", 0.9)
-    trainer = st.Trainer(begin(precision="float16").job())
+    trainer = training.Trainer(begin(precision="float16").job())
     at = trainer.progress
     at.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # more than float16 holds
     before = weights(trainer)
@@ -589,7 +590,7 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_averages(monkey
 
 
 def test_a_few_validation_photos_spread_over_all_choose_the_epoch(capsys):
-    every = st.Trainer(begin(epochs=1).job()).data
+    every = training.Trainer(begin(epochs=1).job()).data
     run = begin(epochs=1, val_photos=3)
     trainer = trained(run)
     names = every.names["val"]
@@ -604,7 +605,7 @@ def test_a_few_validation_photos_spread_over_all_choose_the_epoch(capsys):
 
 def test_where_cider_d_is_0_for_every_caption_the_loss_chooses_the_epoch(capsys, monkeypatch):
     losses = iter([3.0, 2.0, 2.5])
-    trainer = st.Trainer(begin(val_photos=1, self_critical=2).job())
+    trainer = training.Trainer(begin(val_photos=1, self_critical=2).job())
     assert "CIDEr-D is 0" in capsys.readouterr().err
     captions = trainer.validate()[1]
     monkeypatch.setattr(trainer, "validate", lambda: (next(losses), captions))
@@ -619,12 +620,12 @@ def test_photos_that_all_have_the_same_features_are_refused(monkeypatch):
         st.Features, "moments", lambda *_: (torch.ones(24), torch.full((24,), 1e-4))
     )
     with pytest.raises(st.ArtifactError, match="All training photos have the same features"):
-        st.Trainer(begin().job())
+        training.Trainer(begin().job())
 
 
 def test_a_stop_after_the_last_step_is_none(monkeypatch):
     run = begin(epochs=1)
-    trainer = st.Trainer(run.job())
+    trainer = training.Trainer(run.job())
     validate = trainer.validate
     monkeypatch.setattr(
         trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate()
@@ -640,11 +641,11 @@ def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
         (place / "status.json").write_text("{}")
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
     with pytest.raises(st.ArtifactError, match="(?s)2 unfinished runs.*one/03_train.*two/03_train"):
-        st.Trainer(begin().job()).resume()
+        training.Trainer(begin().job()).resume()
 
 
 def test_processes_at_different_places_are_an_error(monkeypatch):
-    trainer = st.Trainer(begin().job())
+    trainer = training.Trainer(begin().job())
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
@@ -744,7 +745,7 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
 
 
 def test_self_critical_training_raises_the_reward(monkeypatch):
-    monkeypatch.setattr(st, "SELF_CRITICAL_RATE", 0.0005)
+    monkeypatch.setattr(training, "SELF_CRITICAL_RATE", 0.0005)
     trainer = trained(begin(epochs=6))
     trainer.captioner.requires_grad_(True)  # what it saved generates only
     trainer.begin_self_critical()
@@ -770,18 +771,18 @@ def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(mon
     ]
     expected, history = last(run)["model"], without_clock(whole.progress.history)
     st.shutil.rmtree(run.out)
-    monkeypatch.setattr(st, "CHECKPOINT_SECONDS", 0)
-    learn = st.Trainer.train_step
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    learn = training.Trainer.train_step
 
     def stopping(self, batch, number):
         if self.progress.epoch == 3 and self.progress.step == 1:
             raise Stop
         learn(self, batch, number)
 
-    monkeypatch.setattr(st.Trainer, "train_step", stopping)
+    monkeypatch.setattr(training.Trainer, "train_step", stopping)
     with pytest.raises(Stop):
         trained(begin(**settings))
-    monkeypatch.setattr(st.Trainer, "train_step", learn)
+    monkeypatch.setattr(training.Trainer, "train_step", learn)
     again = trained(begin(**settings))
     assert without_clock(again.progress.history) == history
     assert_same(last(run)["model"], expected)
@@ -789,16 +790,18 @@ def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(mon
 
 @pytest.mark.fast
 def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
-    trainer, photos = st.Trainer(begin(dropout=0).job()), np.array([3, 0, 7])
+    trainer, photos = training.Trainer(begin(dropout=0).job()), np.array([3, 0, 7])
     drawn = trainer.objectives["self_critical"].draw(photos, photos, 1.0)
     words, advantages = drawn.words, drawn.weights
-    assert len(drawn.features) == len(words) == len(advantages) == 3 * st.SAMPLES
+    assert len(drawn.features) == len(words) == len(advantages) == 3 * training.SAMPLES
     assert drawn.tokens == int((words[:, 1:] != st.PAD).sum())
     zeros = torch.zeros(3)
-    torch.testing.assert_close(advantages.view(3, st.SAMPLES).sum(1), zeros, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        advantages.view(3, training.SAMPLES).sum(1), zeros, atol=1e-5, rtol=0
+    )
     vocab, references = trainer.data.vocab, trainer.data.references["train"]
     captions = [vocab.decode(ids) + ["<end>"] * (st.END in ids) for ids in words.tolist()]
-    photos = np.repeat(photos, st.SAMPLES)
+    photos = np.repeat(photos, training.SAMPLES)
     cider = st.CiderD([[w + ["<end>"] for w in group] for group in references])
     rewards = cider.score(captions, photos)
     for i in range(len(photos)):
@@ -809,7 +812,7 @@ def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
 def test_averaged_weights_are_the_ones_that_generate_captions(monkeypatch):
     monkeypatch.setitem(st.RECIPES["original"], "ema_decay", 0.9)
     run = begin(epochs=2)
-    trainer = st.Trainer(run.job())
+    trainer = training.Trainer(run.job())
     mean, steps = weights(trainer), []
     learn = trainer.train_step
 
@@ -832,7 +835,7 @@ def test_averaged_weights_are_the_ones_that_generate_captions(monkeypatch):
 def test_training_ends_when_the_last_epochs_were_all_worse_than_the_best(monkeypatch):
     monkeypatch.setitem(st.RECIPES["original"], "patience", 2)
     ciders = iter([0.1, 0.4, 0.3, 0.2, 0.5])
-    trainer = st.Trainer(begin(epochs=5).job())
+    trainer = training.Trainer(begin(epochs=5).job())
     monkeypatch.setattr(trainer.cider, "score", lambda _: np.array([next(ciders)]))
     trainer.run()
     assert len(trainer.progress.history) == 4 and trainer.progress.best["epoch"] == 2
@@ -847,7 +850,7 @@ def test_mirrored_photos_are_seen_half_the_time_but_not_by_captions_that_name_a_
     monkeypatch.setitem(st.RECIPES["original"], "flips", True)
     try:
         np.save(extracted / "features_flip.npy", np.load(extracted / "features.npy") + 100)
-        trainer = st.Trainer(run.job())
+        trainer = training.Trainer(run.job())
         captions = np.arange(len(trainer.batches["train"].rows))
         trainer.sides = torch.tensor([trainer.data.vocab.ids["two"]])
         drawn = trainer.objective.draw(captions, captions, 1.0)

@@ -194,7 +194,7 @@ def fresh_process(code: str, argument: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"},
     ).stdout
 
 
@@ -534,8 +534,8 @@ def memory(m: Material, s: Sizes):
     """
     # Not ru_maxrss: a process begins with that of the one that started it.
     code = (
-        "import json, sys\nimport storyteller_utils as st\n"
-        "st.extract_worker(json.loads(sys.argv[1]))\n"
+        "import extraction, json, sys\n"
+        "extraction.extract_worker(json.loads(sys.argv[1]))\n"
         "status = open('/proc/self/status')\n"
         "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))"
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 import sample
 import storyteller_utils as st
+import training
 from support import parameters
 
 VOCABULARY = 7_689
@@ -87,7 +88,7 @@ class Material:
         teller.save_pretrained(self.folder / backbone)
         return self.folder / backbone
 
-    def trainer(self, precision: str, photos: int) -> st.Trainer:
+    def trainer(self, precision: str, photos: int) -> training.Trainer:
         """Lay out what 01 and 02 leave, with random features and captions.
 
         Make 03's trainer on it, without dropout.
@@ -112,7 +113,7 @@ class Material:
             st.Vocab(st.SPECIAL + words()).save(folder / "vocab.json")
         settings = parameters("03_train_dual_t4", dropout=0, label_smoothing=0, precision=precision)
         reads = dict.fromkeys(st.STAGES["03_train_dual_t4"], str(folder))
-        return st.Trainer(
+        return training.Trainer(
             {"settings": settings, "out": str(folder), "reads": reads, "editions": {}}
         )
 
