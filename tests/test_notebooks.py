@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import hashlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -116,3 +118,40 @@ def test_an_unknown_parameter_is_refused(tmp_path):
             progress_bar=False,
             cwd=str(tmp_path),
         )
+
+
+CASES = {  # photos changed, 01's precision, captions that differ -> what 04's last check says
+    "photos": (True, "torch.float32", 9, "1 of these photos changed since 01"),
+    "precision": (False, "torch.bfloat16", 9, "01 computed in torch.bfloat16"),
+    "near ties": (False, "torch.float32", 1, ""),
+    "no cause": (False, "torch.float32", 9, "Run 01_extract_features.ipynb again"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_check_of_04_is_an_error_only_where_nothing_explains_it(case, tmp_path, capsys):
+    changed, precision, count, expected = CASES[case]
+    notebook = nbformat.read(NOTEBOOKS["04_evaluate"], 4)
+    (check,) = [c.source for c in code(notebook.cells) if "precisions = " in c.source]
+    names, paths = [f"{i}.jpg" for i in range(10)], [tmp_path / f"{i}.jpg" for i in range(10)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    rows = [(name, hashlib.sha256(name.encode()).hexdigest()) for name in names]
+    st.write_csv(tmp_path / "images.csv", ["image", "sha256"], rows)
+    if changed:
+        paths[3].write_bytes(b"another photo")
+
+    class Extracted(type(tmp_path)):
+        manifest = {"facts": {"precision": precision}}  # noqa: RUF012
+
+    storyteller = SimpleNamespace(backbone=SimpleNamespace(dtype="torch.float32"))
+    known = {"st": st, "hashlib": hashlib, "names": names, "paths": paths, "some": range(10)}
+    known |= {"extracted": Extracted(tmp_path), "storyteller": storyteller}
+    known["differing"] = dict.fromkeys(names[:count])
+    if case == "no cause":
+        with pytest.raises(st.ArtifactError, match=expected):
+            exec(check, known)
+    else:
+        exec(check, known)
+        assert expected in capsys.readouterr().out
