@@ -2908,12 +2908,14 @@ class Storyteller:
         from sklearn.isotonic import IsotonicRegression
 
         train = self.captioner.standardise(torch.as_tensor(train, device=self.device))  # (M, D)
-        # PCA, as their mean is 0: the last eigenvectors are the directions of most variance.
-        self.known = torch.linalg.eigh(train.T @ train).eigenvectors[:, -64:].T.half().float()
+        # PCA, as their mean is 0: the first singular vectors are the directions of most variance.
+        self.known = torch.linalg.svd(train, full_matrices=False).Vh[:64].half().float()
         bins = np.array_split(np.argsort(scores), min(10, len(scores)))
         x, y = ([round(float(values[b].mean()), 4) for b in bins] for values in (scores, shares))
         y = IsotonicRegression(y_min=0, y_max=1).fit_transform(x, y).tolist()
-        novelty = np.quantile(self._novelty(vectors), [0.98, 1]).tolist()
+        low, high = np.quantile(self._novelty(vectors), [0.98, 1]).tolist()
+        # Where photos are few or hardly differ, the most novel of them is not unknown.
+        novelty = [low, max(high, low + 0.1)]
         self.config["calibration"] = {"scores": x, "shares": y, "novelty": novelty}
 
     @torch.inference_mode()

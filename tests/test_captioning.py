@@ -563,6 +563,14 @@ def test_a_captioner_keeps_its_calibration_on_disk(storyteller, tmp_path):
     assert all(one.confidence is not None for one in ours)
 
 
+def test_a_handful_of_photos_is_enough_to_calibrate(storyteller):
+    fitted = st.Storyteller(storyteller.config, storyteller.vocab, storyteller.captioner)
+    photos = torch.rand(7, 1280).repeat(4, 1)  # far fewer than dimensions, and some twice
+    fitted.calibrate(np.array([-2.0, -1.0, -1.0]), np.array([0.2, 0.5, 0.9]), photos[:3], photos)
+    low, high = fitted.confidence([-2.0, -1.0], photos[:2])
+    assert (low, high) == pytest.approx((0.2, 0.7), abs=0.05)
+
+
 def test_a_captioner_that_was_not_calibrated_has_no_confidence(storyteller):
     assert storyteller.caption_features(torch.rand(1, 1, 1280))[0].confidence is None
 
