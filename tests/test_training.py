@@ -62,7 +62,12 @@ def project(tmp_path_factory):
     )
     features = bags @ generator.normal(size=(len(vocab), 24)) + generator.normal(size=(60, 24))
     np.save(run.out / "features.npy", features[:, None].astype(np.float16))
-    st.write_csv(run.out / "images.csv", ["row", "image"], enumerate(words))
+    photos = [run.dataset.photos[name] for name in words]
+    rows = [
+        (i, n, p.stat().st_size, st.sha256(p))
+        for (i, n), p in zip(enumerate(words), photos, strict=True)
+    ]
+    st.write_csv(run.out / "images.csv", ["row", "image", "bytes", "sha256"], rows)
     st.write_csv(run.out / "skipped.csv", ["image", "reason"], [])
     run.finish(backbone="efficientnet_lite0", backbone_sha256="", regions=1, width=24)
     os.chdir(before)
