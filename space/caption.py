@@ -1,4 +1,4 @@
-"""Caption photos from the command line: one, a folder of them, or millions.
+"""Caption photos from the command line: one, a folder of them, or shards of them.
 
     python storyteller_utils.py caption photo.jpg
     python storyteller_utils.py caption photos/ --out captions.jsonl
@@ -565,7 +565,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--must", action="append", default=[], metavar="WORD", help="every caption has this word")
     add("--never", action="append", default=[], metavar="WORD", help="no caption has this word")
     add("--max-chars", type=int, default=0, help="longest caption, for alt text: 125")
-    add("--ray", nargs="?", const="local", metavar="ADDRESS", help="on a Ray cluster; see space/")
     return parser.parse_args(argv)
 
 
@@ -708,18 +707,11 @@ def bar(arguments: argparse.Namespace, plain: bool):
     return st.progress(total=total, unit="photo", disable=plain)
 
 
-def run_on_ray(arguments: argparse.Namespace) -> int:
-    """Caption on a Ray cluster. Returns how many photos failed."""
-    import caption_ray
-
-    return caption_ray.run(arguments)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exit status 1 if a photo failed, with a sentence if nothing could begin."""
     arguments = parse(argv)
     try:
-        failed = run_on_ray(arguments) if arguments.ray else run(arguments)
+        failed = run(arguments)
     except (st.ArtifactError, ValueError) as error:
         sys.exit(f"storyteller: {error}")
     except BrokenPipeError:  # head has seen enough

@@ -446,6 +446,33 @@ def photo(m: Material, s: Sizes):
     yield one_photo(m, s, "efficientnet_lite0", "", *lite0, 80, 0.99)
 
 
+def command(m: Material, s: Sizes):
+    """The caption command, from files to rows, against its backbone and search on ready photos."""
+    sys.path.append(str(ROOT / "space"))
+    import caption
+
+    storyteller = st.Storyteller.from_pretrained(m.teller("efficientnet_lite0", ""), DEVICE)
+    paths = m.some(2 * s.told)
+    ready = torch.stack([storyteller.load(path) for path in paths])  # (N, 3, S, S)
+    rows = caption.JsonLines(m.folder / "captions.jsonl")
+
+    def ours():
+        rows.begin()
+        photos = (caption.Photo(path.name, path) for path in paths)
+        for pairs in caption.caption_photos(photos, [storyteller], {}):
+            rows.write(pairs)
+        rows.finish()
+        rows.path.unlink()
+
+    def theirs():
+        for part in ready.split(64):
+            storyteller.caption_features(storyteller.extract(part), attention=False)
+
+    took = interleave(s.rounds, ours, theirs)
+    speeds = (len(paths) / seconds for seconds in took)
+    yield row("caption command", "photos/s", *speeds, target="ratio >= 0.9")
+
+
 def one_photo(
     m: Material, s: Sizes, backbone: str, weights: str, network, how, most: int, least: float
 ) -> dict:
@@ -570,6 +597,7 @@ COMPARISONS = {
         attention,
         greedy,
         photo,
+        command,
         cider,
         start,
         memory,
