@@ -1197,9 +1197,11 @@ def tokenize(text: str, language: str = "en") -> list[str]:
     "a man's dog" and "a man 's dog" are the same words. Only English ("en") splits "cannot" and
     "gonna". 34,992 of 35,000 Flickr8k captions get the tokens of pycocoevalcap's PTBTokenizer.
     """
-    text = unicodedata.normalize("NFC", text).translate(_TYPED).lower()
-    pieces = _APART.sub(r" \g<0> ", text).split()
+    if not text.isascii():  # nearly all English captions are: half of the time
+        text = unicodedata.normalize("NFC", text).translate(_TYPED)
+        text = _APART.sub(r" \g<0> ", text)
     english = language == "en"
+    pieces = text.lower().split()
     return [token for piece in pieces for token in _tokenize_piece(piece, english)]
 
 
