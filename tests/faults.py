@@ -60,7 +60,7 @@ def program(stage: str) -> str:
     code = [
         (cell.source, cell.metadata.get("tags", [])) for cell in cells if cell.cell_type == "code"
     ]
-    return "\n\n".join(
+    return "display = print\n" + "\n\n".join(
         source + f"\n{SETTINGS[stage]}" * ("parameters" in tags) for source, tags in code
     )
 
@@ -104,6 +104,7 @@ class Ground:
         for name, target in {
             "storyteller_utils.py": ROOT / "storyteller_utils.py",
             "space": ROOT / "space",
+            "notebooks": ROOT / "notebooks",
             "dataset": self.folder / "dataset",
         }.items():
             if not (folder / name).exists():
