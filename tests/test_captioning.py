@@ -620,7 +620,7 @@ def test_the_model_card_has_scores_and_settings_as_tables(storyteller):
 
 def test_a_photo_that_cannot_be_read_is_named(storyteller, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
-    with pytest.raises(ValueError, match="bad.jpg"):
+    with pytest.raises(ValueError, match=r"bad.jpg"):
         storyteller.caption(tmp_path / "bad.jpg")
 
 
