@@ -1779,7 +1779,7 @@ def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
         raise ArtifactError(
             f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the "
-            f"internet on, {advice}or set backbone_weights to a file (.safetensors or .pth) with them."
+            f"internet on, {advice}or set backbone_weights to a file of them (.safetensors, .pth)."
         ) from None
 
 
