@@ -1163,9 +1163,9 @@ _TYPED = {
 }
 _TYPED = str.maketrans({sign: typed for typed, signs in _TYPED.items() for sign in signs})
 # Scripts that are written without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese.
-_HAN = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + _HAN
-_APART = re.compile(f"[{_UNSPACED}]|[\u2600-\u27bf\U0001f000-\U0001faff]+")  # emoji stay together
+HAN = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + HAN
+_APART = re.compile(f"[{UNSPACED}]|[\u2600-\u27bf\U0001f000-\U0001faff]+")  # emoji stay together
 _ABBREVIATION = re.compile(r"(?:mrs?|ms|[djs]r|[a-z](?:\.[a-z])+)\.")
 # COCO's evaluation leaves these out; its list has the brackets too, in capitals, so that they stay.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -1206,12 +1206,12 @@ def tokenize(text: str, language: str = "en") -> list[str]:
 
 
 # The spaces that a sentence lacks: do n't, dog 's, $ 5, 50 %, can not, gon na, between characters.
-_JOINED = re.compile(
+JOINED = re.compile(
     r" (?=(?:n't|'(?:s|m|d|ll|re|ve)|%)(?!\S))|(?<=[#$]) "
     r"|(?<=\bcan) (?=not(?!\S))|(?<=\b[gw][oa]n) (?=na(?!\S))|(?<=\bgot) (?=ta(?!\S))"
-    rf"|(?<=\bgim) (?=me(?!\S))|(?<=\blem) (?=me(?!\S))|(?<=[{_UNSPACED}]) (?=[{_UNSPACED}])"
+    rf"|(?<=\bgim) (?=me(?!\S))|(?<=\blem) (?=me(?!\S))|(?<=[{UNSPACED}]) (?=[{UNSPACED}])"
 )
-_BRACKETS = {
+BRACKETS = {
     "-lrb- ": "(",
     " -rrb-": ")",
     "-lsb- ": "[",
@@ -1226,15 +1226,15 @@ def detokenize(words: Sequence[str]) -> str:
 
     Not by NLTK, whose import would take 2.5 of the 4 seconds to a fresh process's first caption.
     """
-    text = _JOINED.sub("", " ".join(words))
-    for name, sign in _BRACKETS.items():
+    text = JOINED.sub("", " ".join(words))
+    for name, sign in BRACKETS.items():
         text = text.replace(name, sign)
     text = text[:1].upper() + text[1:]
     if not text or text[-1] in ".!?":
         return text
-    if re.match(f"[{_HAN}]", text[-1]):
+    if re.match(f"[{HAN}]", text[-1]):
         return text + "\u3002"
-    return text if re.match(f"[{_UNSPACED}]", text[-1]) else text + "."
+    return text if re.match(f"[{UNSPACED}]", text[-1]) else text + "."
 
 
 class Vocab:

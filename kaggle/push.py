@@ -46,7 +46,7 @@ NEEDS_LITE = {
 # The Space's photos travel inside the notebook, of which Kaggle takes about 1 MB.
 EXAMPLE_BYTES = 200_000
 TEXTS, PHOTOS = (".py", ".css", ".md", ".txt"), (".jpg", ".png")
-POLL = 20  # seconds between two looks at a running notebook, and until a push shows in its status
+POLL = 20  # seconds between questions about a running notebook, and until a push shows there
 # Seconds before asking again: Kaggle does not publish its rate limits.
 PAUSES = (15, 60, 120, 300, 600)
 LOGS = ROOT / "outputs" / "kaggle"
@@ -290,12 +290,12 @@ def status_of(api, ref: str, failed: str) -> tuple[str, str]:
 
 def wait_for(api, ref: str, stage: str) -> None:
     """Wait until a pushed stage is complete; PushError, ending in its log, when it fails."""
-    began, told, status = time.monotonic(), None, ""
+    began, said, status = time.monotonic(), None, ""
     while status != "COMPLETE":
         time.sleep(POLL)
         status, why = status_of(api, ref, f"{stage} was pushed, but its status is unknown")
         minutes = int((time.monotonic() - began) / 60)
-        if told != (told := (status, minutes // 5)):
+        if said != (said := (status, minutes // 5)):
             print(f"{stage}: {status.lower()} after {minutes} min", flush=True)
         if status == "ERROR" or status.startswith("CANCEL"):
             raise PushError(

@@ -73,7 +73,7 @@ def how_sure(confidence: float | None) -> str:
 
 
 def caption(photo, method, beam_width, length_preference, temperature, seed=None):
-    """Caption one photo: the caption, the best captions with their scores, and the time it took."""
+    """Caption one photo: its caption, the best ones with their scores, time and confidence."""
     if not photo:
         raise gr.Error("Please choose a photo first.", print_exception=False)
     began = time.perf_counter()

@@ -588,12 +588,19 @@ def _is_dropped_connection(error: Exception) -> bool:
     return isinstance(error, OSError) or bool(libraries & HTTP_LIBRARIES)
 
 
-def make_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
+def make_server(
+    folder: Path, port: int = 0, headers: dict[str, str] | None = None
+) -> ThreadingHTTPServer:
     """Return a server of a static Space on this machine, at any free port unless one is named."""
 
     class Handler(SimpleHTTPRequestHandler):
         # Without this type, which some systems do not know, a browser runs no module.
         extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
+
+        def end_headers(self):
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            super().end_headers()
 
         def log_message(self, *_):
             pass

@@ -32,7 +32,7 @@ def storm(
     """
     from gradio_client import Client, handle_file
 
-    found = {
+    results = {
         "waits": [],
         "busy": 0,
         "errors": [],
@@ -47,16 +47,16 @@ def storm(
         while time.monotonic() < until[0]:
             photo, began = photos[number % len(photos)], time.monotonic()
             try:
-                found["captions"][photo.name].add(
+                results["captions"][photo.name].add(
                     client.predict(handle_file(str(photo)), api_name="/caption")[0]
                 )
-                found["waits"].append(time.monotonic() - began)
+                results["waits"].append(time.monotonic() - began)
             except Exception as error:  # whatever a visitor gets to see
                 if "full" in str(error).lower():
-                    found["busy"] += 1
+                    results["busy"] += 1
                     time.sleep(0.2)
                 else:
-                    found["errors"].append(f"{type(error).__name__}: {error}")
+                    results["errors"].append(f"{type(error).__name__}: {error}")
             number += 1
 
     threads = [threading.Thread(target=visit, args=(number,)) for number in range(visitors)]
@@ -67,11 +67,11 @@ def storm(
     until[0] = time.monotonic() + seconds
     while time.monotonic() < until[0]:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        found["memory"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        results["memory"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
         time.sleep(0.1)
     for thread in threads:
         thread.join()
-    return found
+    return results
 
 
 @contextlib.contextmanager
@@ -121,13 +121,16 @@ def main() -> None:
         storm(
             address, photos, 20, app.pid
         )  # the first crowd fills the server's threads and caches, once
-        found = storm(address, photos, SECONDS, app.pid)
+        results = storm(address, photos, SECONDS, app.pid)
         sizes = [p.stat().st_size for p in Path(uploads).rglob("*") if p.is_file()]
-    first, last = statistics.mean(found["memory"][:100]), statistics.mean(found["memory"][-100:])
-    waits = sorted(found["waits"])
+    first, last = (
+        statistics.mean(results["memory"][:100]),
+        statistics.mean(results["memory"][-100:]),
+    )
+    waits = sorted(results["waits"])
     print(
         f"{len(waits)} captions for {VISITORS} visitors in {SECONDS} s; "
-        f'{found["busy"]} times "the queue is full"; {len(found["errors"])} other errors; '
+        f'{results["busy"]} times "the queue is full"; {len(results["errors"])} other errors; '
         f"{len(sizes)} files of {sum(sizes) / 2**20:.1f} MiB on disk"
     )
     print(f"memory: {first:.0f} MiB in the first ten seconds, {last:.0f} in the last")
@@ -141,8 +144,8 @@ def main() -> None:
             ),
             "|",
         )
-    print(*collections.Counter(found["errors"]).most_common(5), sep="\n")
-    sys.exit(bool(found["errors"]) or dict(found["captions"]) != alone or last > 1.1 * first)
+    print(*collections.Counter(results["errors"]).most_common(5), sep="\n")
+    sys.exit(bool(results["errors"]) or dict(results["captions"]) != alone or last > 1.1 * first)
 
 
 if __name__ == "__main__":

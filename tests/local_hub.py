@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, {})
         if path == "/verify":
             return self.answer(200, {})
-        if found := re.fullmatch(r"/(?:spaces/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+        if re.fullmatch(r"/(?:spaces/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             return self.answer(
                 200,
                 {
@@ -110,10 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
                     ],
                 },
             )
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            return self.resolve(*found.groups())
-        if found := re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)(?:/(.*))?", path):
-            return self.repository((found[1], found[2]), found[3] or "", data)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            return self.resolve(*match.groups())
+        if match := re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)(?:/(.*))?", path):
+            return self.repository((match[1], match[2]), match[3] or "", data)
         return self.answer(404, {"error": "no such page"})
 
     def create(self, asked):

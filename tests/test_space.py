@@ -44,11 +44,11 @@ def photo(path):
 
 
 def test_the_page_shows_what_the_captioner_generates(client, app):
-    told = app.STORYTELLER.caption(CAT)[0]
-    caption, best, took = client.predict(photo(CAT), api_name="/caption")
-    assert caption == told.text
-    assert [text for text, _ in best["data"]] == [text for text, _ in told.alternatives]
-    assert best["data"][0][1] == pytest.approx(told.score, abs=1e-3)
+    caption = app.STORYTELLER.caption(CAT)[0]
+    text, best, took = client.predict(photo(CAT), api_name="/caption")
+    assert text == caption.text
+    assert [row[0] for row in best["data"]] == [text for text, _ in caption.alternatives]
+    assert best["data"][0][1] == pytest.approx(caption.score, abs=1e-3)
     assert re.fullmatch(r"Captioned in \d+\.\d\d s", took)  # this captioner is not calibrated
 
 
@@ -89,14 +89,14 @@ def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client,
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(CAT.read_bytes()[:200])
     table, file = client.predict([photo(CAT), photo(broken), photo(COFFEE)], api_name="/batch")
-    told = {path: app.STORYTELLER.caption(path)[0].text for path in (CAT, COFFEE)}
+    texts = {path: app.STORYTELLER.caption(path)[0].text for path in (CAT, COFFEE)}
     with open(file, newline="", encoding="utf-8") as opened:
         header, *rows = csv.reader(opened)
     assert header == table["headers"] == ["photo", "caption", "score", "confidence", "problem"]
     assert [row[:2] for row in rows] == [
-        ["cat.jpg", told[CAT]],
+        ["cat.jpg", texts[CAT]],
         ["broken.jpg", ""],
-        ["coffee.jpg", told[COFFEE]],
+        ["coffee.jpg", texts[COFFEE]],
     ]
     assert "broken.jpg" in rows[1][4] and not rows[0][4] and str(tmp_path) not in rows[1][4]
     assert [row[1] for row in table["data"]] == [row[1] for row in rows]
@@ -171,13 +171,13 @@ def test_files_outside_the_page_are_not_served_and_uploads_do_not_stay(app, addr
 
 def test_a_crowd_gets_the_captions_of_a_single_visitor_or_hears_that_the_queue_is_full(tmp_path):
     photos = [CAT, COFFEE]
-    teller = st.Storyteller.from_pretrained(ROOT / "space/model")
+    storyteller = st.Storyteller.from_pretrained(ROOT / "space/model")
     with page(tmp_path) as (address, process):
-        found = storm(address, photos, 6, process.pid)
-    assert not found["errors"] and found["captions"] == {
-        p.name: {teller.caption(p)[0].text} for p in photos
+        results = storm(address, photos, 6, process.pid)
+    assert not results["errors"] and results["captions"] == {
+        p.name: {storyteller.caption(p)[0].text} for p in photos
     }
-    assert np.mean(found["memory"][-10:]) < 1.2 * np.mean(found["memory"][10:20])
+    assert np.mean(results["memory"][-10:]) < 1.2 * np.mean(results["memory"][10:20])
 
 
 def test_curl_captions_as_the_readme_shows(client, address):
@@ -196,11 +196,11 @@ def test_python_captions_as_the_readme_shows(client, address, monkeypatch):
         r"```python\n(.*?)```", (ROOT / "space/README.md").read_text(encoding="utf-8"), re.S
     )[1]
     monkeypatch.chdir(ROOT / "space")
-    found = {}
-    exec(shown.replace("http://127.0.0.1:7860", address), found)
+    results = {}
+    exec(shown.replace("http://127.0.0.1:7860", address), results)
     assert (
-        found["caption"] == client.predict(photo(CAT), api_name="/caption")[0]
-        and Path(found["csv_file"]).is_file()
+        results["caption"] == client.predict(photo(CAT), api_name="/caption")[0]
+        and Path(results["csv_file"]).is_file()
     )
 
 
@@ -209,10 +209,10 @@ def test_only_two_endpoints_are_public(client):
 
 
 def test_a_word_shows_its_attention_on_the_photo(app):
-    told = dataclasses.replace(
+    caption = dataclasses.replace(
         app.STORYTELLER.caption(CAT)[0], words=["<b>", "dog", "runs"], attention=look_around("abc")
     )
-    page = attention.attention_page(CAT, told, app.PREPROCESSING)
+    page = attention.attention_page(CAT, caption, app.PREPROCESSING)
     assert page.count("<input") == page.count("class='veil'") == 3 and page.count(" checked>") == 1
     assert (
         "&lt;b&gt;" in page and "<b>" not in page and "http" not in page and len(page) < 1_000_000
@@ -221,10 +221,10 @@ def test_a_word_shows_its_attention_on_the_photo(app):
         r"download='neural-storyteller.jpg' href='data:image/jpeg;base64,(.*?)'", page
     )[1]
     assert Image.open(io.BytesIO(base64.b64decode(strip))).width > 300
-    no_look = dataclasses.replace(told, attention=None)
-    assert "no attention" in attention.attention_page(CAT, no_look)
+    without = dataclasses.replace(caption, attention=None)
+    assert "no attention" in attention.attention_page(CAT, without)
     with pytest.raises(ValueError, match="no attention"):
-        attention.show_attention(CAT, no_look)
+        attention.show_attention(CAT, without)
 
 
 def test_a_veil_is_clear_where_attention_is_high_and_dark_elsewhere():
@@ -399,9 +399,9 @@ def test_no_app_outlives_who_checks_it(space):
 def test_a_space_starts_without_network_and_captions_its_examples(space, tiny_model):
     before = listing(space)
     captions = publish.check_space(space)
-    teller = st.Storyteller.from_pretrained(tiny_model)
+    storyteller = st.Storyteller.from_pretrained(tiny_model)
     examples = sorted(p for p in (space / "examples").iterdir() if p.suffix == ".jpg")[:2]
-    assert captions == [told.text for told in teller.caption(examples)]
+    assert captions == [caption.text for caption in storyteller.caption(examples)]
     assert listing(space) == before  # no caches left in what is pushed
 
 
@@ -427,15 +427,15 @@ def test_a_space_that_does_not_start_fails_with_its_own_log(space, tmp_path):
 def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
     (space / ".env").write_text(TOKEN)
     (space / "model/last.pt").write_text("not for the Hub")
-    pushed = publish.push_space(space, "me/teller", token=TOKEN)
+    pushed = publish.push_space(space, "me/storyteller", token=TOKEN)
     (space / ".env").unlink()
     (space / "model/last.pt").unlink()
-    repo = hub.repos["space", "me/teller"]
+    repo = hub.repos["space", "me/storyteller"]
     assert digests(repo["files"]) == on_disk(space)
     assert private(repo) and repo["sdk"] == "gradio"
     assert hub.calls.count("commit") == 1  # all of it or nothing
     assert pushed == {
-        "address": f"{hub.address}/spaces/me/teller",
+        "address": f"{hub.address}/spaces/me/storyteller",
         "commit": "1" * 40,
         "hardware": "cpu-basic",
     }
@@ -446,26 +446,26 @@ def test_a_push_creates_a_private_space_with_every_byte(hub, space, capsys):
 
 def test_what_is_no_composed_space_is_not_pushed(hub):
     with pytest.raises(st.ArtifactError, match=r"space/storyteller_utils.py.*build_space"):
-        publish.push_space(ROOT / "space", "me/teller", token=TOKEN)
+        publish.push_space(ROOT / "space", "me/storyteller", token=TOKEN)
     assert not hub.repos
 
 
 def test_a_space_may_be_pushed_from_within(hub, space, monkeypatch):
     monkeypatch.chdir(space)
-    publish.push_space(".", "me/teller", token=TOKEN)
-    assert digests(hub.repos["space", "me/teller"]["files"]) == on_disk(space)
+    publish.push_space(".", "me/storyteller", token=TOKEN)
+    assert digests(hub.repos["space", "me/storyteller"]["files"]) == on_disk(space)
 
 
 def test_a_second_push_updates_and_removes_what_is_gone(hub, space, capsys):
-    publish.push_space(space, "me/teller", token=TOKEN, private=False)
-    repo = hub.repos["space", "me/teller"]
+    publish.push_space(space, "me/storyteller", token=TOKEN, private=False)
+    repo = hub.repos["space", "me/storyteller"]
     repo["files"] |= {
         "model/backbone.safetensors": b"of the captioner before",
         "notes.md": b"the owner's own",
     }
     hub.failures = {"create": [(402, "pay")]}  # updating stays free
     capsys.readouterr()
-    publish.push_space(space, "me/teller", token=TOKEN)
+    publish.push_space(space, "me/storyteller", token=TOKEN)
     assert "(hardware as before, still public)" in capsys.readouterr().out
     assert not private(repo) and repo["files"].pop("notes.md")
     assert digests(repo["files"]) == on_disk(space)
@@ -510,14 +510,14 @@ def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(
     space.with_name("pushed.json").unlink(missing_ok=True)
     hub.failures = {place: [failure] * 9}
     with pytest.raises(st.ArtifactError, match=advice) as refused:
-        publish.push_space(space, "me/teller", token=TOKEN)
+        publish.push_space(space, "me/storyteller", token=TOKEN)
     assert str(failure[0]) in str(refused.value)
     assert (
         refused.value.__cause__ is None and refused.value.__suppress_context__
     )  # no traceback shows the answer
     said = capsys.readouterr()
     assert TOKEN not in str(refused.value) + said.out + said.err
-    assert not hub.repos.get(("space", "me/teller"), {}).get("files")
+    assert not hub.repos.get(("space", "me/storyteller"), {}).get("files")
     assert not space.with_name("pushed.json").exists()
 
 
@@ -582,7 +582,7 @@ def test_waiting_knows_the_stage_as_a_string_and_as_an_enum(hub, space, monkeypa
         return types.SimpleNamespace(stage=stages.pop(0))
 
     monkeypatch.setattr(HfApi, "get_space_runtime", runtime)
-    assert publish.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
+    assert publish.push_space(space, "me/storyteller", token=TOKEN, wait=True)["address"]
     assert not stages
 
 
@@ -603,10 +603,10 @@ def test_one_command_builds_checks_and_pushes_the_space_and_the_model(
 
 def test_waiting_ends_when_the_space_runs_or_fails(hub, space):
     hub.stages = ["BUILDING", "APP_STARTING", "RUNNING"]
-    assert publish.push_space(space, "me/teller", token=TOKEN, wait=True)["address"]
+    assert publish.push_space(space, "me/storyteller", token=TOKEN, wait=True)["address"]
     hub.stages = ["BUILDING", "BUILD_ERROR"]
     with pytest.raises(st.ArtifactError, match=r"BUILD_ERROR.*logs"):
-        publish.push_space(space, "me/teller", token=TOKEN, wait=True)
+        publish.push_space(space, "me/storyteller", token=TOKEN, wait=True)
 
 
 def test_a_pushed_model_is_loaded_by_its_name(hub, tiny_model, tmp_path):

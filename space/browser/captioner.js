@@ -62,77 +62,81 @@ async function dropOldVersions(wanted) {
 
 // Pixels -------------------------------------------------------------------------------------------
 
-// Decode a photo and resize all of it to (3, side, side) bytes, as the module's `preprocess` does.
-export async function pixels(blob, side) {
+// Decode a photo and resize it to (3, side, side) bytes, as the module's `preprocess` does.
+export async function pixels(blob, {side, preprocessing}) {
   const image = await decode(blob);
-  const canvas = new OffscreenCanvas(image.width, image.height);
+  const {width, height} = image;
+  const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext('2d', {willReadFrequently: true});
   context.fillStyle = 'white'; // behind what is transparent
-  context.fillRect(0, 0, image.width, image.height);
+  context.fillRect(0, 0, width, height);
   context.drawImage(image, 0, 0);
-  const {data, width, height} = context.getImageData(0, 0, image.width, image.height);
   image.close();
-  return resize(data, width, height, side);
+  const [left, top, wide, high] = preprocessing === 'crop' ? middle(width, height) : [0, 0, width, height];
+  return resize(context.getImageData(left, top, wide, high), side);
 }
 
 async function decode(blob) {
-  // As stored: a colour profile would change the levels that the captioner was trained on.
+  // Upright, and wide-gamut colours in sRGB.
   const options = {
-    imageOrientation: 'from-image', colorSpaceConversion: 'none', premultiplyAlpha: 'none',
+    imageOrientation: 'from-image', colorSpaceConversion: 'default', premultiplyAlpha: 'none',
   };
   try {
     return await createImageBitmap(blob, options);
   } catch {
-    throw new Error(blob.name
-      ? `${blob.name} is not a photo that this browser can read.`
-      : 'This is not a photo that this browser can read.');
+    throw new Error(`${blob.name ?? 'This'} is not a photo that this browser can read.`);
   }
 }
 
+// The middle square that torchvision's classifiers see.
+function middle(width, height) {
+  const edge = Math.max(1, Math.floor((224 * Math.min(height, width)) / 232));
+  return [Math.floor((width - edge) / 2), Math.floor((height - edge) / 2), edge, edge];
+}
+
 // Resize RGBA bytes to the bit as torch's bilinear interpolation with antialias does for bytes: two
-// passes of a triangle filter in whole numbers, rows first. A canvas resizes otherwise, by which one
-// photo in six would get another caption.
-export function resize(data, width, height, side) {
-  const across = filter(width, side);
-  const down = filter(height, side);
-  const middle = new Uint8ClampedArray(height * side * 3); // (height, side, 3)
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < side; x++) {
-      const {first, weights} = across.rows[x];
-      let red = across.half, green = across.half, blue = across.half;
-      let from = (y * width + first) * 4;
-      for (const weight of weights) {
-        red += weight * data[from];
-        green += weight * data[from + 1];
-        blue += weight * data[from + 2];
-        from += 4;
-      }
-      const to = (y * side + x) * 3;
-      middle[to] = red >> across.bits;
-      middle[to + 1] = green >> across.bits;
-      middle[to + 2] = blue >> across.bits;
+// passes of a triangle filter in whole numbers, rows first; shrunk before stretched, as the module
+// does. A canvas resizes otherwise, by which one photo in six would get another caption.
+export function resize({data, width, height}, side) {
+  let image = {data, width, height, channels: 4};
+  image = pass(image, Math.min(width, side), true);
+  image = pass(image, Math.min(height, side), false);
+  image = pass(image, side, true);
+  image = pass(image, side, false);
+  const out = new Uint8Array(3 * side * side); // (3, side, side)
+  for (let channel = 0; channel < 3; channel++) {
+    for (let i = 0; i < side * side; i++) {
+      out[channel * side * side + i] = image.data[i * image.channels + channel];
     }
   }
-  const out = new Uint8ClampedArray(3 * side * side); // (3, side, side)
-  const plane = side * side;
-  for (let y = 0; y < side; y++) {
-    const {first, weights} = down.rows[y];
-    for (let x = 0; x < side; x++) {
-      let red = down.half, green = down.half, blue = down.half;
-      let from = (first * side + x) * 3;
-      for (const weight of weights) {
-        red += weight * middle[from];
-        green += weight * middle[from + 1];
-        blue += weight * middle[from + 2];
-        from += side * 3;
+  return out;
+}
+
+// Resize an image (height, width, channels) along one axis: across, or down. Keeps red, green, blue.
+function pass({data, width, height, channels}, to, across) {
+  const from = across ? width : height;
+  if (from === to) return {data, width, height, channels};
+  const {bits, half, rows} = filter(from, to);
+  const [newWidth, newHeight] = across ? [to, height] : [width, to];
+  const stride = across ? channels : width * channels; // from one weighted pixel to the next
+  const out = new Uint8ClampedArray(newHeight * newWidth * 3);
+  let at = 0;
+  for (let y = 0; y < newHeight; y++) {
+    for (let x = 0; x < newWidth; x++) {
+      const {first, weights} = rows[across ? x : y];
+      let place = across ? (y * width + first) * channels : (first * width + x) * channels;
+      let red = half, green = half, blue = half;
+      for (let i = 0; i < weights.length; i++, place += stride) {
+        red += weights[i] * data[place];
+        green += weights[i] * data[place + 1];
+        blue += weights[i] * data[place + 2];
       }
-      const to = y * side + x;
-      out[to] = red >> down.bits;
-      out[plane + to] = green >> down.bits;
-      out[2 * plane + to] = blue >> down.bits;
+      out[at++] = red >> bits;
+      out[at++] = green >> bits;
+      out[at++] = blue >> bits;
     }
   }
-  return new Uint8Array(out.buffer);
+  return {data: out, width: newWidth, height: newHeight, channels: 3};
 }
 
 // The weights by which `from` pixels become `to`, as whole numbers of as many bits as fit in 16.
@@ -164,18 +168,18 @@ function filter(from, to) {
 // Beam search --------------------------------------------------------------------------------------
 
 // The captions of one photo, best first: [{ids, score, attention}], as the module's `beam_search`.
-export async function beamSearch(captioner, photo, given = {}) {
+export async function beamSearch(captioner, state, given = {}) {
   const decoding = {...captioner.decoding, ...given};
   const width = decoding.method === 'greedy' ? 1 : decoding.beam_width;
-  const {names, state} = await start(captioner, photo);
+  const names = captioner.state.caption;
   let beams = [{ids: [], score: 0, attention: []}];
   let ended = [];
   let caption = state.caption;
   for (let length = 1; length <= decoding.max_length; length++) {
     const words = BigInt64Array.from(beams, beam => BigInt(beam.ids.at(-1) ?? START));
     const feeds = {words: new ort.Tensor('int64', words, [beams.length]), ...caption, ...state.photo};
-    const found = await captioner.step.run(feeds);
-    const {ending, going} = extend(beams, found, width, decoding, length);
+    const outputs = await captioner.step.run(feeds);
+    const {ending, going} = extend(beams, outputs, width, decoding, length);
 
     const normal = length ** decoding.length_preference;
     ended = best([...ended, ...ending.map(beam => ({...beam, score: beam.score / normal}))], width);
@@ -186,23 +190,23 @@ export async function beamSearch(captioner, photo, given = {}) {
 
     const parents = going.map(beam => beam.parent);
     caption = {};
-    for (const name of names) caption[name] = takeRows(found[`next_${name}`], parents);
+    for (const name of names) caption[name] = takeRows(outputs[`next_${name}`], parents);
     beams = going;
   }
 }
 
-// Encode a photo to the state before the first word.
-async function start(captioner, photo) {
+// Encode a photo's pixels to the state before the first word.
+export async function start(captioner, photo) {
   const {caption: names, photo: photoNames, empty} = captioner.state;
   const size = [1, 3, captioner.side, captioner.side];
-  const found = await captioner.encoder.run({photo: new ort.Tensor('uint8', photo, size)});
-  const state = {caption: {}, photo: {}};
-  for (const name of photoNames) state.photo[name] = found[name];
+  const outputs = await captioner.encoder.run({photo: new ort.Tensor('uint8', photo, size)});
+  const state = {caption: {}, photo: {}, novelty: outputs.novelty?.data[0]};
+  for (const name of photoNames) state.photo[name] = outputs[name];
   for (const name of names) {
-    state.caption[name] = found[name]
+    state.caption[name] = outputs[name]
       ?? new ort.Tensor('float32', new Float32Array(0), empty[name]);
   }
-  return {names, state};
+  return state;
 }
 
 // Continue each partial caption by a word. Returns those that end here, if they are among the best
@@ -276,30 +280,48 @@ function takeRows(tensor, rows) {
 
 // Captions -----------------------------------------------------------------------------------------
 
-// Write words as a sentence, as the module's `detokenize` does: export.py asked it how words join.
-export function sentence(words, joins) {
-  let text = '';
-  words.forEach((word, i) => {
-    const before = words[i - 1];
-    const apart = joins.except[`${before} ${word}`]
-      ?? !(joins.left.includes(word) || joins.right.includes(before));
-    text += (text && apart ? ' ' : '') + (joins.shown[word] ?? word);
-  });
-  if (joins.stop.includes(words.at(-1))) text += ' ';
-  return text.slice(0, 1).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? '' : '.');
+// Write words as a sentence, as the module's `Vocab.sentence` does, by the rules it goes by.
+export function sentence(words, {forms, joined, brackets, han, unspaced}) {
+  const written = words.map(word => (Object.hasOwn(forms, word) ? forms[word] : word));
+  let text = written.join(' ').replace(new RegExp(joined, 'gu'), '');
+  for (const [name, sign] of Object.entries(brackets)) text = text.replaceAll(name, sign);
+  const [first = '', ...rest] = text; // characters, also of two UTF-16 units
+  text = first.toUpperCase() + rest.join('');
+  const last = rest.at(-1) ?? first;
+  if (!text || '.!?'.includes(last)) return text;
+  if (new RegExp(`[${han}]`, 'u').test(last)) return `${text}\u3002`;
+  return new RegExp(`[${unspaced}]`, 'u').test(last) ? text : `${text}.`;
+}
+
+// How sure a caption is, 0 to 1, as the module's `confidence`; undefined without a calibration.
+function confidence(calibration, score, novelty) {
+  if (!calibration) return undefined;
+  const familiar = interpolate(novelty, calibration.novelty, [1, 0]);
+  return familiar * interpolate(score, calibration.scores, calibration.shares);
+}
+
+// Between points of ascending xs, constant beyond them.
+function interpolate(x, xs, ys) {
+  const next = xs.findIndex(value => value > x);
+  if (next === 0) return ys[0];
+  if (next < 0) return ys.at(-1);
+  const share = (x - xs[next - 1]) / (xs[next] - xs[next - 1]);
+  return ys[next - 1] + share * (ys[next] - ys[next - 1]);
 }
 
 // Caption one photo: its caption, the others with their scores, the attention of each word, the time.
 export async function caption(captioner, blob, decoding = {}) {
   const began = performance.now();
-  const found = await beamSearch(captioner, await pixels(blob, captioner.side), decoding);
-  const words = found.map(({ids}) => ids.filter(id => id >= FIRST_WORD).map(id => captioner.words[id]));
-  const alternatives = found.map(({score}, i) => ({text: sentence(words[i], captioner.joins), score}));
+  const state = await start(captioner, await pixels(blob, captioner));
+  const hypotheses = await beamSearch(captioner, state, decoding);
+  const words = hypotheses.map(({ids}) => ids.filter(id => id >= FIRST_WORD).map(id => captioner.words[id]));
+  const alternatives = hypotheses.map(({score}, i) => ({text: sentence(words[i], captioner.sentences), score}));
   return {
     ...alternatives[0],
     words: words[0],
     alternatives,
-    attention: found[0].attention.slice(0, words[0].length),
+    attention: hypotheses[0].attention.slice(0, words[0].length),
+    confidence: confidence(captioner.calibration, hypotheses[0].score, state.novelty),
     seconds: (performance.now() - began) / 1000,
   };
 }

@@ -24,25 +24,26 @@ sys.path.append(str(HERE.parents[1]))  # the module, in the repository and on Ka
 import storyteller_utils as st  # noqa: E402
 
 PACKAGES = "onnx onnxscript onnxruntime"
-BACKBONES = ("efficientnet_lite0", "resnet50")
 OPSET = 18
-LARGE = 4096  # numbers of a tensor from which on 16 or 8 bits are worth another node of the graph
+LARGE = 4096  # numbers of a tensor from which on 16 or 8 bits pay for another node of the graph
 BEAMS, WORDS = 5, 2  # sizes for tracing: an axis of size 1 would be taken for a constant
 CHECKED_CROPS = 20
 TOLERANCE = 1e-3  # of scores: the graphs add in another order than torch does
 EXAMPLES = HERE.parent / "examples"
-# Words that some tokenizers split off or glue on, and what they are glued to ("gonna", "cannot").
-PARTS = ("na", "ta", "me", "not", "all", "is", "was", "more", "ya", "d", "m", "s")
-STEMS = ("a", "gon", "wan", "got", "gim", "lem", "can", "did", "do", "is", "it", "dog", "dogs")
-PROBES = 100
 
 
 class Encoder(nn.Module):
     """Pixels (1, 3, side, side), uint8, to what is not empty of the state before the first word."""
 
-    def __init__(self, backbone: nn.Module, captioner: nn.Module, side: int, regions: int):
+    def __init__(self, backbone: nn.Module, storyteller: st.Storyteller, side: int):
         super().__init__()
-        self.network, self.captioner, self.regions = backbone.network, captioner, regions
+        regions = storyteller.config["regions"]
+        self.network, self.captioner, self.regions = (
+            backbone.network,
+            storyteller.captioner,
+            regions,
+        )
+        self.known = storyteller.known  # (64, D), None for a captioner that was not calibrated
         self.register_buffer("mean", backbone.mean.clone())
         self.register_buffer("deviation", backbone.deviation.clone())
         with torch.no_grad():
@@ -59,7 +60,16 @@ class Encoder(nn.Module):
         features = features.half().float()  # as 01 stores them
         state = self.captioner.start(features)
         caption = [state.caption[name] for name in caption_names(state)]
-        return *(tensor for tensor in caption if tensor.numel()), *state.photo.values()
+        begun = [tensor for tensor in caption if tensor.numel()]
+        return *begun, *state.photo.values(), *self.novelty(features)
+
+    def novelty(self, features: Tensor) -> list[Tensor]:
+        """Return the share of a photo's mean features in which no training photos vary, (1,)."""
+        if self.known is None:
+            return []
+        vectors = self.captioner.standardise(features.mean(1))  # (1, D)
+        inside = vectors @ self.known.T  # (1, 64)
+        return [1 - inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)]
 
 
 class Step(nn.Module):
@@ -140,8 +150,10 @@ def write_graphs(storyteller: st.Storyteller, backbone: nn.Module, out: Path) ->
     state = captioner.start(torch.zeros(1, config["regions"], config["width"]))
     names = describe_state(state)
     starts = [name for name in names["caption"] if name not in names["empty"]]
-    encoder = Encoder(backbone, captioner, side, config["regions"])
-    trace(encoder, (photo,), out / "encoder.onnx", (["photo"], [*starts, *names["photo"]]))
+    encoder = Encoder(backbone, storyteller, side)
+    novelty = [] if storyteller.known is None else ["novelty"]
+    outputs = [*starts, *names["photo"], *novelty]
+    trace(encoder, (photo,), out / "encoder.onnx", (["photo"], outputs))
 
     tensors, axes = example_state(names, state)
     weights = ["weights"] if names["weights"] else []
@@ -185,9 +197,13 @@ def shrink(path: Path, own: dict[str, np.ndarray], int8: bool) -> None:
 
     model = onnx.load(path)
     graph = model.graph
-    kept, unpacked = [], []
+    kept, unpacked, names = [], [], {}
     for initializer in graph.initializer:
         name, array = initializer.name, numpy_helper.to_array(initializer)
+        twin = names.setdefault((array.shape, array.dtype.str, array.tobytes()), name)
+        if array.size >= LARGE and twin != name:  # tied weights: the words' vectors
+            unpacked.append(helper.make_node("Identity", [twin], [name]))
+            continue
         packed = pack(array, own.get(name.removeprefix("network.")), int8)
         if packed is None:
             kept.append(initializer)
@@ -231,67 +247,6 @@ def pack(array: np.ndarray, own: np.ndarray | None, int8: bool):
     return own, factors.reshape(-1, *[1] * (array.ndim - 1))
 
 
-# Writing words as sentences
-
-
-def find_joins(words: list[str]) -> dict:
-    """Find out how `detokenize` joins the words of a vocabulary, by asking it.
-
-    shown   {word: text} of words that are written otherwise
-    left    words that follow the word before without a space
-    right   words that the word after follows without a space
-    stop    words before a full stop that would read differently with it ("a.")
-    except  {"word word": whether a space is between them} of pairs for which that is not so
-    """
-    shown, left, right = {}, [], []
-    odd = [word for word in words if not word.isalpha() or word in PARTS]
-    for word in odd:
-        text, before, after = _between(word)
-        if text != word:
-            shown[word] = text
-        if not before:
-            left.append(word)
-        if not after:
-            right.append(word)
-    probes = [*STEMS, *words[:: max(1, len(words) // PROBES)]]
-    exceptions = {}
-    for word in odd:
-        usual = word not in left
-        # Most words never join: a few others tell which do, and these are tried with all words.
-        unusual = any(_apart(other, word) != usual for other in probes) or word in PARTS
-        for other in words if unusual or not usual else []:
-            apart = _apart(other, word)
-            if apart != (usual and other not in right):
-                exceptions[f"{other} {word}"] = apart
-    stop = [word for word in words if st.detokenize(["dog", word]).endswith(" .")]
-    return {"shown": shown, "left": left, "right": right, "stop": stop, "except": exceptions}
-
-
-def _between(word: str) -> tuple[str, bool, bool]:
-    """Return how a word is written between two others, and whether spaces are before and after."""
-    sentence = st.detokenize(["dog", word, "dog"]).lower().rstrip(" .")
-    middle = sentence.removeprefix("dog").removesuffix("dog")
-    return middle.strip(), middle.startswith(" "), middle.endswith(" ")
-
-
-def _apart(word: str, after: str) -> bool:
-    """Whether a space is between two words."""
-    return " " in st.detokenize([word, after]).removesuffix(" .")
-
-
-def join_words(words: list[str], joins: dict) -> str:
-    """Write words as a sentence, as captioner.js does; both are held against `detokenize`."""
-    text = ""
-    for before, word in zip(["", *words], words, strict=False):
-        usual = word not in joins["left"] and before not in joins["right"]
-        if text and joins["except"].get(f"{before} {word}", usual):
-            text += " "
-        text += joins["shown"].get(word, word)
-    if words and words[-1] in joins["stop"]:
-        text += " "
-    return text[:1].upper() + text[1:] + ("" if text[-1:] in (".", "!", "?") else ".")
-
-
 # Checking
 
 
@@ -313,24 +268,24 @@ class OnnxCaptioner:
 
     def start(self, photo: Tensor) -> st.State:
         """Encode one photo (1, 3, side, side), uint8."""
-        found = self._run(self.encoder, {"photo": photo})
+        outputs = self._run(self.encoder, {"photo": photo})
         caption = {name: torch.zeros(shape) for name, shape in self.names["empty"].items()}
-        caption |= {name: found[name] for name in self.names["caption"] if name in found}
-        return st.State({name: found[name] for name in self.names["photo"]}, caption)
+        caption |= {name: outputs[name] for name in self.names["caption"] if name in outputs}
+        return st.State({name: outputs[name] for name in self.names["photo"]}, caption)
 
     def step(self, words: Tensor, state: st.State) -> tuple[Tensor, st.State]:
         """Read one word for each caption (K,)."""
         caption = {name: state.caption[name] for name in self.names["caption"]}
-        found = self._run(self.next, {"words": words, **caption, **state.photo})
-        logits = found.pop("logits")
-        after = {name.removeprefix("next_"): tensor for name, tensor in found.items()}
+        outputs = self._run(self.next, {"words": words, **caption, **state.photo})
+        logits = outputs.pop("logits")
+        after = {name.removeprefix("next_"): tensor for name, tensor in outputs.items()}
         return logits, st.State(state.photo, after)
 
     @staticmethod
     def _run(session, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         names = [output.name for output in session.get_outputs()]
-        return {name: torch.from_numpy(a) for name, a in zip(names, found, strict=True)}
+        return {name: torch.from_numpy(a) for name, a in zip(names, outputs, strict=True)}
 
 
 def photo_files(folder: Path) -> list[Path]:
@@ -358,21 +313,15 @@ def count_equal(storyteller: st.Storyteller, folder: Path, photos: list) -> int:
     """Count the photos whose captions and scores are the same in ONNX Runtime and in the module."""
     onnx_captioner = OnnxCaptioner(folder)
     how, side = storyteller.config["preprocessing"], storyteller.config.get("photo_size", 224)
-    joins = st.read_json(folder / "captioner.json")["joins"]
     equal = 0
     for photo in photos:
         pixels = st.preprocess(st.open_photo(photo), how, side)[None]  # (1, 3, side, side)
         (ours,) = st.beam_search(onnx_captioner, pixels)
         (theirs,) = st.beam_search(storyteller.captioner, storyteller.extract([photo]))
         same_words = [h.ids for h in ours] == [h.ids for h in theirs]
-        same_words &= all(_same_sentence(storyteller.vocab.decode(h.ids), joins) for h in ours)
         apart = max(abs(a.score - b.score) for a, b in zip(ours, theirs, strict=False))
         equal += same_words and apart < TOLERANCE
     return equal
-
-
-def _same_sentence(words: list[str], joins: dict) -> bool:
-    return join_words(words, joins) == st.detokenize(words)
 
 
 # The whole
@@ -392,11 +341,7 @@ def export(model: Path | str, out: Path | str, int8: bool = False, photos: Path 
     refuse(config)
     config["precision"] = "float32"  # as a browser computes
     backbone = fresh_backbone(Path(model), config)
-    own = {
-        name: tensor.detach().numpy().astype(np.float16)
-        for name, tensor in backbone.network.state_dict().items()
-        if tensor.ndim == 4
-    }
+    own = {name: t.numpy() for name, t in backbone.weights.items() if t.ndim == 4}
     out.mkdir(parents=True, exist_ok=True)
     names = write_graphs(storyteller, backbone, out)
     for graph, weights in (("encoder", own), ("step", {})):
@@ -420,20 +365,15 @@ def export(model: Path | str, out: Path | str, int8: bool = False, photos: Path 
 
 def refuse(config: dict) -> None:
     """Raise ArtifactError for a captioner that cannot run in a browser."""
-    if config["backbone"] not in BACKBONES:
+    if config["backbone"] not in st.BACKBONES:
         raise st.ArtifactError(
             f"The backbone {config['backbone']} cannot be exported for the browser; "
-            f"{' and '.join(BACKBONES)} can. Train a captioner on one of these."
-        )
-    if config["preprocessing"] != "squash":
-        raise st.ArtifactError(
-            f"The preprocessing {config['preprocessing']!r} cannot be exported for the browser. "
-            "Train a captioner with preprocessing squash."
+            f"{', '.join(st.BACKBONES)} can. Train a captioner on one of these."
         )
 
 
 def fresh_backbone(model: Path, config: dict) -> nn.Module:
-    """Load a captioner's backbone, its BatchNorms not folded: 16 bits hold its weights exactly."""
+    """Load a captioner's backbone in float32, in whatever the captioner's own computes."""
     own = model / "backbone.safetensors"
     return st.load_backbone(config["backbone"], str(own) if own.is_file() else "")
 
@@ -445,15 +385,29 @@ def describe(storyteller: st.Storyteller, names: dict, out: Path) -> dict:
     facts = ("decoder", "backbone", "vocabulary", "scores", "scored_on")
     return {
         "words": storyteller.vocab.words,
-        "joins": find_joins(storyteller.vocab.words[len(st.SPECIAL) :]),
+        "sentences": sentence_rules(storyteller.vocab),
+        "language": config.get("language", "en"),
         "side": config.get("photo_size", st.PHOTO_SIZE),
+        "preprocessing": config["preprocessing"],
         "state": names,
         "decoding": decoding_defaults(),
+        "calibration": None if storyteller.known is None else config["calibration"],
         "dataset": config["dataset"] | {"photos": config["training"]["photos"]},
         "facts": {name: config[name] for name in facts if name in config},
         "bytes": {name: path.stat().st_size for name, path in graphs.items()},
         # In the graphs' addresses: a browser may keep them for as long as these do not change.
         "version": st.sha256([st.sha256(path) for path in graphs.values()])[:12],
+    }
+
+
+def sentence_rules(vocab: st.Vocab) -> dict:
+    """Collect what `Vocab.sentence` goes by, for its copy in captioner.js."""
+    return {
+        "forms": vocab.forms,
+        "joined": st.JOINED.pattern,
+        "brackets": st.BRACKETS,
+        "han": st.HAN,
+        "unspaced": st.UNSPACED,
     }
 
 

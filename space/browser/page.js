@@ -36,10 +36,11 @@ async function load() {
 
 function fail(message) {
   $('loading').hidden = true;
-  say(`The captioner could not be loaded: ${message}. Reload the page to try again; it needs a browser from 2023 or later.`, 'problem');
+  say(`The captioner could not be loaded: ${message}. Reload the page to try again; it needs a browser from 2024 or later.`, 'problem');
 }
 
-function describe({dataset, decoding, facts, precision, examples}) {
+function describe({dataset, decoding, facts, language, precision, examples}) {
+  for (const id of ['caption', 'words', 'others']) $(id).lang = language; // of the captions, for screen readers
   $('trained').textContent = dataset.sample
     ? 'Trained on drawings only: it will be wrong about photos.'
     : `Trained on ${dataset.photos.toLocaleString('en')} photos of ${dataset.name}.`;
@@ -121,6 +122,7 @@ const images = files => [...files].filter(({type}) => type.startsWith('image/'))
 // Captions -------------------------------------------------------------------------------------------
 
 function decoding() {
+  if (!captioner) return {}; // chosen before it was loaded: its own defaults, which are not shown yet
   return {
     method: $('method').value,
     beam_width: Number($('width').value),
@@ -155,6 +157,14 @@ async function show(photo) {
   return caption(photo);
 }
 
+// A confidence in words, as a bar and as a number, as the Gradio page has it.
+function howSure(confidence) {
+  if (confidence === undefined) return '';
+  const words = confidence < 0.3 ? 'A guess' : confidence < 0.8 ? 'Probably' : 'Sure';
+  const bar = Math.round(10 * confidence);
+  return ` · ${words} ${'▰'.repeat(bar)}${'▱'.repeat(10 - bar)} ${confidence.toFixed(2)}`;
+}
+
 function say(text, kind = '') {
   $('caption').textContent = text;
   $('caption').className = kind;
@@ -175,7 +185,8 @@ function showResult() {
   }
   say(result.text);
   $('photo').alt = result.text;
-  $('note').textContent = `Captioned in ${result.seconds.toFixed(2)} s on this device.`;
+  const took = `Captioned in ${result.seconds.toFixed(2)} s on this device`;
+  $('note').textContent = took + howSure(result.confidence);
   const rows = result.alternatives.map(({text, score}) => bodyRow(text, score.toFixed(3)));
   $('others').querySelector('tbody').replaceChildren(...rows);
   $('others').hidden = false;
@@ -239,10 +250,11 @@ function fillRow({row, result, problem}) {
   row.cells[2].textContent = result?.score.toFixed(3) ?? '';
   const done = photos.filter(photo => photo.result || photo.problem);
   $('count').textContent = `${done.length} of ${photos.length} photos captioned`;
-  const lines = [['photo', 'caption', 'score', 'problem']];
+  const lines = [['photo', 'caption', 'score', 'confidence', 'problem']];
   for (const photo of done) {
-    const score = photo.result?.score.toFixed(3) ?? '';
-    lines.push([photo.name, photo.result?.text ?? '', score, photo.problem ?? '']);
+    const {text = '', score, confidence} = photo.result ?? {};
+    const numbers = [score?.toFixed(3) ?? '', confidence?.toFixed(2) ?? ''];
+    lines.push([photo.name, text, ...numbers, photo.problem ?? '']);
   }
   const csv = lines.map(line => line.map(quote).join(',')).join('\n') + '\n';
   if ($('csv').href) URL.revokeObjectURL($('csv').href);

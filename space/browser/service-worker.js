@@ -16,7 +16,8 @@ self.addEventListener('activate', event => event.waitUntil(self.clients.claim())
 self.addEventListener('fetch', event => {
   const {request} = event;
   const url = new URL(request.url);
-  const ours = request.method === 'GET' && url.origin === location.origin && !url.search;
+  const small = !url.search || request.mode === 'navigate';
+  const ours = request.method === 'GET' && url.origin === location.origin && small;
   if (ours) event.respondWith(fromNetworkElseCache(request));
 });
 

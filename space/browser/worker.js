@@ -7,9 +7,10 @@ let captioner;
 async function answer({id, base, blob, decoding}) {
   if (base) {
     captioner = await load(base, progress => postMessage({id, progress}));
-    const {dataset, decoding: defaults, facts, precision, examples} = captioner;
-    return {dataset, decoding: defaults, facts, precision, examples};
+    const {dataset, decoding: defaults, facts, language, precision, examples} = captioner;
+    return {dataset, decoding: defaults, facts, language, precision, examples};
   }
+  if (!captioner) throw new Error('The captioner is not loaded: reload the page.');
   return caption(captioner, blob, decoding);
 }
 
