@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import storyteller_utils as st
 
@@ -304,6 +305,60 @@ def test_the_stored_notebooks_show_what_they_still_print(executed):
                 assert [o.get("text", o.get("data")) for o in one.outputs] == [
                     o.get("text", o.get("data")) for o in other.outputs
                 ]
+
+
+SQUARES = {
+    "zh": ("一个{}色的方块在{}边", {"red": "红", "blue": "蓝"}, {"left": "左", "right": "右"}),
+    "ar": (
+        "مربع {} على {}",
+        {"red": "أحمر", "blue": "أزرق"},
+        {"left": "اليسار", "right": "اليمين"},
+    ),
+}
+
+
+def draw_squares(folder, language):
+    """Forty photos of a red or blue square at the left or right, each with two captions."""
+    sentence, colours, sides = SQUARES[language]
+    rows = ["image,caption"]
+    for i in range(40):
+        colour, side = list(colours)[i % 2], list(sides)[i // 2 % 2]
+        photo = Image.new("RGB", (96, 64), "white")
+        photo.paste(
+            colour, (8 + 48 * (side == "right"), 12 + i % 5, 40 + 48 * (side == "right"), 44)
+        )
+        photo.save(folder / f"{i:02}.png")
+        said = sentence.format(colours[colour], sides[side])
+        rows += [f"{i:02}.png,{said}", f"{i:02}.png,{said}"]
+    (folder / "captions.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("language", ["zh"])
+def test_captions_in_other_scripts_go_through_all_notebooks(language, tmp_path, monkeypatch):
+    (tmp_path / "squares").mkdir()
+    draw_squares(tmp_path / "squares", language)
+    copy_project(tmp_path)
+    given = {"dataset_dir": "squares"}
+    papermill(tmp_path, "01_extract_features", **given, backbone="efficientnet_lite0")
+    papermill(tmp_path, "02_vocab", **given, language=language, min_count=1)
+    papermill(tmp_path, "03_train_dual_t4", **given, epochs=30, batch_size=16)
+    papermill(tmp_path, "04_evaluate", **given, split="val")
+    outputs = tmp_path / "outputs"
+    sentence, colours, sides = SQUARES[language]
+    people = {
+        st.detokenize(st.tokenize(sentence.format(colour, side), language))
+        for colour in colours.values()
+        for side in sides.values()
+    }
+    told = pd.read_csv(outputs / "04_evaluate/captions.csv")
+    assert set(told["beam"]) <= people and (told["CIDEr-D"] > 0).any()
+    assert all(text.endswith("\u3002") and " " not in text for text in people) == (language == "zh")
+    model = outputs / "03_train_dual_t4/model"
+    config = json.loads((model / "config.json").read_text())
+    assert config["language"] == language and set(config["calibration"])
+    assert f"\nlanguage: {language}\n" in (model / "README.md").read_text(encoding="utf-8")
+    scores = json.loads((outputs / "04_evaluate/scores.json").read_text())
+    assert {"no WordNet" in row["METEOR label"] for row in scores["rows"].values()} == {True}
 
 
 def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
