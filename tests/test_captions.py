@@ -994,7 +994,7 @@ def test_copies_are_found_by_their_bytes_and_follow_the_list_that_holds_out(tmp_
     photos["gone.jpg"] = tmp_path / "gone.jpg"
     copies = caption_files.find_copies(photos)
     assert copies == {**{name: name for name in photos}, "c.jpg": "a.jpg"}
-    splits = lists(tmp_path / "lists", train="a.jpg\nb.jpg\n", val="d.jpg\n", test="c.jpg\n")
+    splits = lists(tmp_path / "lists", train="c.jpg\nb.jpg\n", val="d.jpg\n", test="a.jpg\n")
     split = caption_files.split_photos(list(photos), 0, splits, copies)
     assert split == {"a.jpg": "test", "b.jpg": "train", "c.jpg": "test", "d.jpg": "val"}
 
