@@ -681,7 +681,10 @@ def _failure(command: str, status: int, output: str) -> Exception:
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
-    """Join the other processes that torchrun started, if any. Returns this one's rank and their number."""
+    """Join the other processes that torchrun started, if any.
+
+    Returns this one's rank and their number.
+    """
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # before NCCL takes the first one it sees
@@ -1976,11 +1979,13 @@ class Features:
 
 
 class State(NamedTuple):
-    """What a decoder carries from one word to the next; the first axis of every tensor is the batch.
+    """What a decoder carries from one word to the next; the first axis of every tensor is the
+    batch.
 
     photo    of the photos (B rows), made once by `start`; all captions of a photo share its row
-    caption  of the captions so far, made anew by each `step`: with K captions a photo they have B*K rows, those of one
-             photo next to each other. "weights" (B*K, R), if there, are the attention weights of the last step
+    caption  of the captions so far, made anew by each `step`: with K captions a photo they have B*K
+             rows, those of one photo next to each other. "weights" (B*K, R), if there, are the
+             attention weights of the last step
     """
 
     photo: dict[str, Tensor]
@@ -1990,7 +1995,8 @@ class State(NamedTuple):
 class PooledLSTM(nn.Module):
     """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
 
-    As in "Show and Tell" (Vinyals et al., 2015), except that the photo enters as the state, not as the first word.
+    As in "Show and Tell" (Vinyals et al., 2015), except that the photo enters as the state, not as
+    the first word.
     """
 
     pooled = True
@@ -2017,23 +2023,33 @@ class PooledLSTM(nn.Module):
         return State({}, {"hidden": hidden, "cell": torch.zeros_like(hidden)})
 
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one word for each caption (B,); return the logits of the next word (B, V) and the new state."""
+        """Read one word for each caption (B,).
+
+        Return the logits of the next word (B, V) and the new state.
+        """
         before = state.caption["hidden"], state.caption["cell"]
         # One step of the same LSTM, 1.1 times as fast as a sequence of one word.
         hidden, cell = torch.lstm_cell(self.embedding(words), before, *self.lstm._flat_weights)
         return self.output(hidden), State({}, {"hidden": hidden, "cell": cell})  # (B, V)
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T) at once; return the output layer's input at every position (B, T, H)."""
+        """Read whole captions (B, T) at once.
+
+        Return the output layer's input at every position (B, T, H).
+        """
         first = self.start(features).caption
-        # Under autocast the encoder's output is half precision, but the LSTM wants its state in its weights' precision.
+        # Under autocast the encoder's output is half precision, but the LSTM wants its state in its
+        # weights' precision.
         hidden, cell = (first[name][None].float() for name in ("hidden", "cell"))  # (1, B, H)
         outputs, _ = self.lstm(self.dropout(self.embedding(words)), (hidden, cell))  # (B, T, H)
         return self.dropout(outputs)
 
 
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
-    """Let generated words share the vectors of words that are read: fewer parameters, better on few captions."""
+    """Let generated words share the vectors of words that are read.
+
+    Fewer parameters, better on few captions.
+    """
     # So small that the first logits, products of H terms, stay near 1.
     nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
@@ -2043,7 +2059,8 @@ def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
 class AttentionLSTM(nn.Module):
     """An LSTM that attends to the regions of the photo before each word.
 
-    As in "Show, Attend and Tell" (Xu et al., 2015), with additive attention (Bahdanau et al., 2015).
+    As in "Show, Attend and Tell" (Xu et al., 2015), with additive attention (Bahdanau et al.,
+    2015).
     """
 
     pooled = False
@@ -2085,9 +2102,11 @@ class AttentionLSTM(nn.Module):
         return State(photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
     def attend(self, hidden: Tensor, photo: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Average a photo's regions, weighted by how well each answers the captions' hidden states (B*K, H).
+        """Average a photo's regions, weighted by how well each answers the captions' hidden states
+        (B*K, H).
 
-        Returns the gated contexts (B*K, H) and the weights (B*K, R), float32, each row summing to 1.
+        Returns the gated contexts (B*K, H) and the weights (B*K, R), float32, each row summing to
+        1.
         """
         grid, keys = photo["grid"], photo["keys"]  # (B, R, H), (B, R, A)
         query = self.query(hidden).unflatten(0, (len(grid), -1, 1))  # (B, K, 1, A)
@@ -2100,7 +2119,10 @@ class AttentionLSTM(nn.Module):
         return context * self.gate(hidden).sigmoid(), weights.flatten(0, 1)
 
     def _advance(self, embedded: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one embedded word for each caption (B*K, E); return what the output is made of, and the new state."""
+        """Read one embedded word for each caption (B*K, E).
+
+        Return what the output is made of, and the new state.
+        """
         before = state.caption["hidden"], state.caption["cell"]
         context, weights = self.attend(before[0], state.photo)  # (B*K, H), (B*K, R)
         inputs = torch.cat([embedded, context.to(embedded.dtype)], -1)  # (B*K, E + H)
@@ -2109,16 +2131,23 @@ class AttentionLSTM(nn.Module):
         return joined, State(state.photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one word for each caption (B*K,); return the logits of the next word (B*K, V) and the new state."""
+        """Read one word for each caption (B*K,).
+
+        Return the logits of the next word (B*K, V) and the new state.
+        """
         joined, state = self._advance(self.embedding(words), state)
         return self.output(self.join(joined)), state
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T); return the output layer's input at every position (B, T, E)."""
+        """Read whole captions (B, T).
+
+        Return the output layer's input at every position (B, T, E).
+        """
         state = self.start(features)
         embedded = self.dropout(self.embedding(words))  # (B, T, E)
         joined = []
-        # Each word's context depends on the hidden state before it: no way around a loop over positions.
+        # Each word's context depends on the hidden state before it: no way around a loop over
+        # positions.
         for position in range(words.shape[1]):
             at_position, state = self._advance(embedded[:, position], state)  # (B, 2H + E)
             joined.append(at_position)
@@ -2126,7 +2155,8 @@ class AttentionLSTM(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attend to the words so far, attend to the photo, then an mlp: each after a LayerNorm, each added to its input.
+    """Attend to the words so far, attend to the photo, then an mlp: each after a LayerNorm, each
+    added to its input.
 
     Xiong et al., 2020 (pre-norm).
     """
@@ -2146,7 +2176,7 @@ class TransformerLayer(nn.Module):
         )
 
     def project(self, which: int, x: Tensor) -> Tensor:
-        """Return the keys and values (B, 2, heads, T, W / heads) of x (B, T, W) for one of the two attentions."""
+        """Return keys and values (B, 2, heads, T, W / heads) of x (B, T, W) for an attention."""
         split = self.keys_values[which](x).unflatten(-1, (2, self.heads, -1))
         return split.permute(0, 2, 3, 1, 4)
 
@@ -2160,8 +2190,8 @@ class TransformerLayer(nn.Module):
         Returns the result (B*K, T, W), and the weights (B, K*T, S), averaged over the heads.
         """
         keys, values = keys_values.unbind(1)  # (B, heads, S, W / heads) each
-        # The K captions of a photo are further positions of its row: they share its keys without a copy.
-        # Not len(keys), which an export to ONNX would take for a constant.
+        # The K captions of a photo are further positions of its row: they share its keys without a
+        # copy. Not len(keys), which an export to ONNX would take for a constant.
         query = self.queries[which](x).reshape(keys.shape[0], -1, self.heads, keys.shape[-1])
         query = query.transpose(1, 2)  # (B, heads, K*T, W / heads)
         scores = (query @ keys.transpose(-1, -2)).float() * keys.shape[-1] ** -0.5
@@ -2174,9 +2204,11 @@ class TransformerLayer(nn.Module):
         return self.outputs[which](context), weights.mean(1)
 
     def forward(self, x: Tensor, words: Tensor, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take x (B*K, T, W) one layer further, given the keys and values of earlier words and of the photo.
+        """Take x (B*K, T, W) one layer further, given the keys and values of earlier words and of
+        the photo.
 
-        Returns x, the keys and values of all words so far, and the attention weights (B, K*T, R) over the photo.
+        Returns x, the keys and values of all words so far, and the attention weights (B, K*T, R)
+        over the photo.
         """
         normal = self.norms[0](x)
         words = torch.cat([words, self.project(self.WORDS, normal)], 3)  # along the positions
@@ -2188,7 +2220,8 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """A Transformer over the words so far and the photo's regions; keys and values are kept from step to step.
+    """A Transformer over the words so far and the photo's regions; keys and values are kept from
+    step to step.
 
     Vaswani et al., 2017, with tied words. Regions have learned positions, words have sines.
     """
@@ -2218,7 +2251,10 @@ class TransformerDecoder(nn.Module):
         _tie(self.output, self.embedding)
 
     def start(self, features: Tensor) -> State:
-        """Encode photos (B, R, D) into the state before the first word: each layer's keys and values of the regions."""
+        """Encode photos (B, R, D) into the state before the first word.
+
+        Each layer's keys and values of the regions.
+        """
         grid = self.encoder(features) + self.regions  # (B, R, H)
         photo, caption = {}, {"weights": grid.new_zeros(grid.shape[:2])}  # (B, R)
         for i, layer in enumerate(self.layers):
@@ -2233,7 +2269,8 @@ class TransformerDecoder(nn.Module):
         octave = torch.arange(0, width, 2, device=words.device)
         angle = place * torch.exp(octave * (-math.log(10000) / width))  # (T, H / 2)
         sines = torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)  # (T, H)
-        # Tied vectors are small, for the output's sake; times sqrt(H) they stand beside sines of up to 1.
+        # Tied vectors are small, for the output's sake; times sqrt(H) they stand beside sines of up
+        # to 1.
         return self.embedding(words) * width**0.5 + sines
 
     def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -2247,18 +2284,25 @@ class TransformerDecoder(nn.Module):
         return self.norm(x), State(state.photo, caption)
 
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one word for each caption (B*K,); return the logits of the next word (B*K, V) and the new state."""
+        """Read one word for each caption (B*K,).
+
+        Return the logits of the next word (B*K, V) and the new state.
+        """
         position = state.caption["layer 0"].shape[3]  # as many words have been read
         x, state = self._advance(self._embed(words[:, None], position), state)  # (B*K, 1, H)
         return self.output(x[:, 0]), state
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T) at once; return the output layer's input at every position (B, T, H)."""
+        """Read whole captions (B, T) at once.
+
+        Return the output layer's input at every position (B, T, H).
+        """
         embedded = self.dropout(self._embed(words, 0))  # (B, T, H)
         return self.dropout(self._advance(embedded, self.start(features))[0])
 
 
-# A decoder of your own: a module with `pooled`, `output`, `start`, `step` and `read` as above, and a line here.
+# A decoder of your own: a module with `pooled`, `output`, `start`, `step` and `read` as above, and
+# a line here.
 DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
 
 # Captioners that were saved before these parameters had the field's names.
@@ -2280,12 +2324,14 @@ def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 class Captioner(nn.Module):
     """Standardisation of the features and a decoder: features in, words out.
 
-    The decoder is any module with `start(features) -> State`, `step(words, state) -> (logits, State)`,
-    `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled` (whether it averages the regions).
+    The decoder is any module with `start(features) -> State`, `step(words, state) -> (logits,
+    State)`,
+    `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled` (whether it averages
+    the regions).
 
     decoder     a key of DECODERS; `sizes` are its keyword arguments
-    moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive, and a linear
-                encoder of such inputs is badly conditioned
+    moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive,
+                and a linear encoder of such inputs is badly conditioned
     """
 
     def __init__(
@@ -2305,7 +2351,7 @@ class Captioner(nn.Module):
         return self.decoder.start(self.standardise(features))
 
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
-        """Return the logits (B*K, V) of the words after `words` (B*K,), and the state after them."""
+        """Return the logits (B*K, V) after `words` (B*K,), and the state after them."""
         return self.decoder.step(words, state)
 
     def forward(
@@ -2315,7 +2361,8 @@ class Captioner(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed training loss and the summed negative log-likelihood of captions (B, T).
+        """Return the summed training loss and the summed negative log-likelihood of captions (B,
+        T).
 
         weights  (B,)  of each caption in the loss; None: 1
         """
@@ -2328,8 +2375,8 @@ class Captioner(nn.Module):
             logits, target, reduction="none", label_smoothing=label_smoothing
         )  # (M,)
         with torch.no_grad():
-            # Smoothing takes its share s of each loss to the mean logit: undone, the log-likelihood is there without
-            # a second softmax.
+            # Smoothing takes its share s of each loss to the mean logit: undone, the log-likelihood
+            # is there without a second softmax.
             said = logits.gather(1, target[:, None])[:, 0]  # (M,)
             likelihood = (losses + label_smoothing * (logits.mean(-1) - said)).sum()
         if weights is not None:

@@ -48,9 +48,11 @@ class Progress:
     """What last.pt holds: where a run is, and all that its next step depends on.
 
     began      which run it is (status.json); key: of which settings and data
-    epoch      epochs done; step: batches done of the next one; updates: steps of the optimizer so far
+    epoch      epochs done; step: batches done of the next one; updates: steps of the optimizer so
+    far
     phase      "likelihood" or "self_critical"
-    sums       of this epoch so far; "tokens" and "seconds" are all processes', the others this one's
+    sums       of this epoch so far; "tokens" and "seconds" are all processes', the others this
+    one's
     history    a dict an epoch; examples: [epoch, photo, caption] of a few validation photos
     best       score, epoch and weights of the best epoch
     ema        the averaged weights, which generate; without averaging, the model itself
@@ -89,7 +91,7 @@ class Progress:
         return {name: sum(one[name] for one in every) for name in self.sums} | own
 
     def save(self, path: Path, totals: dict[str, float]) -> None:
-        """Write tensors, numbers and names only, so that it can be read without running anything."""
+        """Write tensors, numbers and names only: reading it runs nothing."""
         state = vars(self) | {"sums": totals}
         state |= {name: getattr(self, name).state_dict() for name in self.PARTS}
         with st.replacing(path) as temporary, open(temporary, "wb") as file:
@@ -111,7 +113,8 @@ class Progress:
 class Examples(NamedTuple):
     """What a process learns from in one step.
 
-    features (B, R, D), words (B, T), weights (B,) of the captions in the loss or None; tokens of all processes
+    features (B, R, D), words (B, T), weights (B,) of the captions in the loss or None; tokens of
+    all processes
     """
 
     features: Tensor
@@ -148,7 +151,10 @@ class Likelihood:
         return min(self.trainer.recipe["ema_decay"], (1 + updates) / (10 + updates))
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
-        """Return this process's captions `mine` of a batch; it counts for nothing where its share is 0."""
+        """Return this process's captions `mine` of a batch.
+
+        It counts for nothing where its share is 0.
+        """
         trainer = self.trainer
         words = self.captions.words(mine)  # (B, T)
         sided = torch.isin(words, trainer.sides).any(1)  # (B,)
@@ -159,7 +165,8 @@ class Likelihood:
 
 
 class SelfCritical:
-    """The objective of the second phase: the CIDEr-D of the captioner's own samples (Rennie et al., 2017).
+    """The objective of the second phase: the CIDEr-D of the captioner's own samples (Rennie et al.,
+    2017).
 
     The mean reward of a photo's other samples is the baseline. An <end> counts as a word of the
     reward, or captions would learn to stop at "in front of a".
@@ -178,7 +185,10 @@ class SelfCritical:
         return st.CiderD([[words + end for words in group] for group in self.references])
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return an epoch's batches of photos: a third of them, as many samples a batch as two of the others."""
+        """Return an epoch's batches of photos.
+
+        A third of them, as many samples a batch as two of the others.
+        """
         # A whole epoch is too long between two looks at validation: it over-fits soon.
         order = np.random.default_rng((self.trainer.settings.seed, epoch))
         order = order.permutation(len(self.references))[: math.ceil(len(self.references) / 3)]
@@ -194,7 +204,7 @@ class SelfCritical:
         return SELF_CRITICAL_EMA_DECAY
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
-        """Draw S captions of each photo of `mine`, weighted by their advantages, which sum to 0 for a photo."""
+        """Draw S captions of each photo of `mine`, weighted by advantages that sum to 0 for a photo."""
         trainer = self.trainer
         groups = [self.references[photo] for photo in mine]
         sides = [any({"left", "right"} & set(words) for words in group) for group in groups]
@@ -218,7 +228,10 @@ class SelfCritical:
         return Examples(features.repeat_interleave(SAMPLES, 0), words, weights, tokens)
 
     def _sample(self, features: Tensor) -> list[list[int]]:
-        """Draw S captions of each photo (B, R, D); return their ids, those of a photo next to each other."""
+        """Draw S captions of each photo (B, R, D).
+
+        Return their ids, those of a photo next to each other.
+        """
         trainer = self.trainer
         # An empty caption may be drawn too: it earns nothing, and the captioner learns so.
         decoding = st.Decoding(
@@ -234,7 +247,8 @@ class SelfCritical:
 class Trainer:
     """Trains a captioner as one of one or more equal processes; rank 0 alone writes.
 
-    A step is a pure function of weights, seed and its number (dropout's generator is seeded by it), so that a run
+    A step is a pure function of weights, seed and its number (dropout's generator is seeded by it),
+    so that a run
     resumed from `last.pt` repeats what an undisturbed one does, bit for bit on a CPU.
     """
 
@@ -283,7 +297,7 @@ class Trainer:
         self.batches = {s: self.data.batches(s, size, longest) for s in ("train", "val")}
 
     def _choose_val_photos(self) -> None:
-        """Keep at most `val_photos` validation photos, and find out whether CIDEr-D can tell epochs apart on them."""
+        """Keep at most `val_photos` validation photos; see if CIDEr-D tells epochs apart on them."""
         data, wanted = self.data, self.settings.val_photos
         have = len(data.of("val")[0])
         if 0 < wanted < have:
@@ -311,7 +325,7 @@ class Trainer:
         moments = self.features.moments(self.data.rows["train"])  # (D,) each
         if not moments[1].gt(1e-3).any():
             raise st.ArtifactError(
-                "All training photos have the same features, so that nothing can be learned from them. "
+                "All training photos have the same features: nothing can be learned from them. "
                 "Look at the photos, then run 01_extract_features.ipynb again."
             )
         if not self.settings.standardise:
@@ -343,7 +357,8 @@ class Trainer:
         return torch.autocast(self.device.type, self.precision, enabled=half)
 
     def photos(self, rows: np.ndarray, sided: Tensor) -> Tensor:
-        """Return features of training photos (B, R, D), half of them mirrored if there are mirrored views.
+        """Return features of training photos (B, R, D), half of them mirrored if there are mirrored
+        views.
 
         sided  (B,)  whether captions name a side, which a mirrored photo would make wrong
         """
@@ -361,9 +376,11 @@ class Trainer:
         return self.objectives[self.progress.phase]
 
     def train_step(self, batch: np.ndarray, number: int) -> None:
-        """Learn from a batch: the gradient is that of the mean over all its tokens, in all processes.
+        """Learn from a batch: the gradient is that of the mean over all its tokens, in all
+        processes.
 
-        It is computed in `accumulate` slices, which changes the memory it takes and not the result. The step's
+        It is computed in `accumulate` slices, which changes the memory it takes and not the result.
+        The step's
         number seeds dropout.
         """
         sums, objective = self.progress.sums, self.objective
@@ -414,7 +431,10 @@ class Trainer:
     # One epoch
 
     def train_epoch(self) -> bool:
-        """Go through the rest of the present epoch, with a checkpoint every few minutes; False if it stopped."""
+        """Go through the rest of the present epoch, with a checkpoint every few minutes.
+
+        False if it stopped.
+        """
         at = self.progress
         self.model.train()  # dropout on
         batches = self.objective.batches(at.epoch)
@@ -446,7 +466,10 @@ class Trainer:
         return True
 
     def _pause(self) -> bool:
-        """Save if that is due, and return whether to stop: all processes decide the same, after the same step."""
+        """Save if that is due, and return whether to stop.
+
+        All processes decide the same, after the same step.
+        """
         if self.world > 1 and self.progress.step % 10:
             return False
         now = time.monotonic()
@@ -461,7 +484,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
-        """Return the loss a token on the validation captions, and beam search's captions of the validation photos."""
+        """Return the validation captions' loss a token, and the captions that beam search finds."""
         captions, model = self.batches["val"], self.progress.ema.eval()  # dropout off
         likelihood = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = captions.epoch(0, 0, shuffle=False)[self.rank :: self.world]
@@ -520,7 +543,8 @@ class Trainer:
     # All epochs
 
     def run(self) -> None:
-        """Train all epochs, from last.pt where there is one, and write the best captioner into model/.
+        """Train all epochs, from last.pt where there is one, and write the best captioner into
+        model/.
 
         What stops before (`stop`, or `max_hours`) says so in status.json.
         """
@@ -542,9 +566,11 @@ class Trainer:
         st.wait_for_all()
 
     def wanted(self) -> bool:
-        """Return whether another epoch is wanted, in this phase or in the self-critical one after it.
+        """Return whether another epoch is wanted, in this phase or in the self-critical one after
+        it.
 
-        A phase ends with its epochs, or when the last few were all worse than the best; the self-critical one also
+        A phase ends with its epochs, or when the last few were all worse than the best; the
+        self-critical one also
         when the captions lose their variety.
         """
         at, patience = self.progress, self.recipe["patience"]
@@ -622,9 +648,11 @@ class Trainer:
             self.progress.save(self.out / "last.pt", totals)
 
     def checkpoints(self) -> list[tuple[Path, bool]]:
-        """List what to go on from, the first that fits, and whether it was asked for and may be of another run.
+        """List what to go on from, the first that fits, and whether it was asked for and may be of
+        another run.
 
-        This folder's last.pt, then `resume_from`; else, on Kaggle, that of an attached run that stopped.
+        This folder's last.pt, then `resume_from`; else, on Kaggle, that of an attached run that
+        stopped.
         """
         asked, inputs, own = self.settings.resume_from, st.kaggle_input(), self.out / "last.pt"
         found = [(own, False)] if own.is_file() else []
@@ -635,8 +663,8 @@ class Trainer:
         folders = st.attached_folders(inputs, self.out.name, "status.json")
         if len(folders) > 1:
             raise st.ArtifactError(
-                f"{len(folders)} unfinished runs of {self.out.name} are attached; remove all but one "
-                "from this notebook's inputs:\n  " + "\n  ".join(sorted(map(str, folders)))
+                f"{len(folders)} unfinished runs of {self.out.name} are attached; remove all but "
+                "one from this notebook's inputs:\n  " + "\n  ".join(sorted(map(str, folders)))
             )
         return [(f / "last.pt", False) for f in folders if (f / "last.pt").is_file()]
 
@@ -647,7 +675,7 @@ class Trainer:
         found = [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
         if len(found) != 1:
             raise st.ArtifactError(
-                f"resume_from {path} holds {len(found)} checkpoints (last.pt); name the one you mean."
+                f"resume_from {path} holds {len(found)} checkpoints (last.pt); name one of them."
             )
         return found[0]
 
@@ -665,12 +693,16 @@ class Trainer:
             )
 
     def load(self, path: Path, asked: bool) -> bool:
-        """Read a checkpoint; that of another run only if it was asked for. Returns whether it was read."""
+        """Read a checkpoint.
+
+        That of another run only if it was asked for. Returns whether it was read.
+        """
         at = self.progress
         self._say(f"reading {path}")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            # The run that this folder's last.pt is of may have been finished since: then this is a new one.
+            # The run that this folder's last.pt is of may have been finished since: then this is a
+            # new one.
             finished = path == self.out / "last.pt" and state["began"] != at.began
             if not asked and (finished or state["key"] != at.key):
                 if not finished:
@@ -716,8 +748,10 @@ def train_worker(job: dict) -> None:
 def train(run: st.Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
 
-    Returns the history as a pandas DataFrame, a row an epoch; `run.out` holds model/, last.pt, history.csv and
-    examples.csv. Where `max_hours` is over before the last epoch, that is what there is so far, and a sentence says how
+    Returns the history as a pandas DataFrame, a row an epoch; `run.out` holds model/, last.pt,
+    history.csv and
+    examples.csv. Where `max_hours` is over before the last epoch, that is what there is so far, and
+    a sentence says how
     to go on; before the first one, there is only last.pt.
     """
     import pandas as pd
@@ -734,8 +768,8 @@ def train(run: st.Run):
         print(
             f"Training stopped after {stopped['epoch']} of {stopped['epochs']} epochs and "
             f"{stopped['step']} steps: {stopped['reason']}. Run this notebook again, with the same "
-            "settings: it goes on there. On Kaggle, first add the output of this version as an input "
-            "of the notebook."
+            "settings: it goes on there. On Kaggle, first add the output of this version as "
+            "an input of the notebook."
         )
     path = run.out / "history.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()

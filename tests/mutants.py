@@ -185,7 +185,7 @@ def fast_tests(changed: dict[str, str]) -> tuple[bool, float, str]:
 
     Returns whether they passed, the seconds, and the failures.
     """
-    tests = "tests -m fast -x -q -p no:cacheprovider".split(" ")
+    tests = ["tests", "-m", "fast", "-x", "-q", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:
         copy, began = Path(folder) / "project", time.monotonic()
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs", "__pycache__"))

@@ -1,4 +1,7 @@
-"""Training, its checkpoints, its processes; on a few drawn scenes with made-up features, in seconds."""
+"""Training, its checkpoints, its processes.
+
+On a few drawn scenes with made-up features, in seconds.
+"""
 
 import io
 import itertools
@@ -31,7 +34,10 @@ SMALL = {"epochs": 3, "batch_size": 32, "precision": "float32"}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder in which 01 and 02 are finished: 60 drawn scenes, whose features are their words, blurred."""
+    """A folder in which 01 and 02 are finished.
+
+    60 drawn scenes, whose features are their words, blurred.
+    """
     folder = tmp_path_factory.mktemp("project")
     before = Path.cwd()
     os.chdir(folder)
@@ -303,7 +309,7 @@ def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatc
 
     monkeypatch.setattr(training.Trainer, "run", full)
     with pytest.raises(
-        st.ArtifactError, match="batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"
+        st.ArtifactError, match=r"batch_size=32.*accumulate=2.*batch_size=16.*max_caption_length=25"
     ):
         training.train_worker(begin().job())
 
@@ -329,7 +335,7 @@ def test_features_of_other_photos_are_refused():
     kept = (extracted / "images.csv").read_text()
     try:
         (extracted / "images.csv").write_text("\n".join(kept.splitlines()[:-5]) + "\n")
-        with pytest.raises(st.ArtifactError, match="5 of 60 captioned photos.*same max_photos"):
+        with pytest.raises(st.ArtifactError, match=r"5 of 60 captioned photos.*same max_photos"):
             st.CaptionData.load(extracted, st.OUTPUTS / "02_vocab")
     finally:
         (extracted / "images.csv").write_text(kept)
@@ -645,7 +651,9 @@ def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
         place.mkdir(parents=True)
         (place / "status.json").write_text("{}")
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
-    with pytest.raises(st.ArtifactError, match="(?s)2 unfinished runs.*one/03_train.*two/03_train"):
+    with pytest.raises(
+        st.ArtifactError, match=r"(?s)2 unfinished runs.*one/03_train.*two/03_train"
+    ):
         training.Trainer(begin().job()).resume()
 
 
@@ -666,13 +674,13 @@ def test_processes_at_different_places_are_an_error(monkeypatch):
 
 
 def test_the_loss_does_not_choose_among_self_critical_epochs():
-    with pytest.raises(ValueError, match="select_by is 'loss'.*self_critical=0"):
+    with pytest.raises(ValueError, match=r"select_by is 'loss'.*self_critical=0"):
         begin(recipe="best", select_by="loss")
 
 
 def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = dict(dropout=0, epochs=40, batch_size=25)
+    settings = {"dropout": 0, "epochs": 40, "batch_size": 25}
     run, failures = begin(**settings), []
 
     def train():
@@ -715,7 +723,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
 
 def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = dict(dropout=0, epochs=2, batch_size=25)
+    settings = {"dropout": 0, "epochs": 2, "batch_size": 25}
     alone = begin(**settings)
     st.launch("train", alone, processes=1)
     expected = last(alone)["model"]
@@ -764,7 +772,7 @@ def test_self_critical_training_raises_the_reward(monkeypatch):
 
 
 def test_self_critical_epochs_follow_the_others_and_go_on_where_they_stopped(monkeypatch):
-    settings = dict(epochs=2, self_critical=3)
+    settings = {"epochs": 2, "self_critical": 3}
     run = begin(**settings)
     whole = trained(run)
     assert [line["reward"] is None for line in whole.progress.history] == [
@@ -807,7 +815,7 @@ def test_advantages_compare_the_captions_of_a_photo_with_each_other_only():
     vocab, references = trainer.data.vocab, trainer.data.references["train"]
     captions = [vocab.decode(ids) + ["<end>"] * (st.END in ids) for ids in words.tolist()]
     photos = np.repeat(photos, training.SAMPLES)
-    cider = st.CiderD([[w + ["<end>"] for w in group] for group in references])
+    cider = st.CiderD([[[*w, "<end>"] for w in group] for group in references])
     rewards = cider.score(captions, photos)
     for i in range(len(photos)):
         others = [j for j in range(len(photos)) if photos[j] == photos[i] and j != i]
