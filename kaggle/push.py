@@ -122,7 +122,8 @@ def space_cell(space_dir: Path) -> str:
     texts, photos, size = {}, {}, 0
     for path in sorted(p for p in space_dir.rglob("*") if p.is_file()):
         name = path.relative_to(space_dir).as_posix()
-        if re.search(r"(^|/)(model/|browser/|__|\.)", name):
+        # Not what 05 leaves alone: the static page with its runtime, and the caption command.
+        if re.search(r"(^|/)(model/|browser/|caption|__|\.)", name):
             continue
         if path.suffix in TEXTS:
             texts[name] = path.read_text(encoding="utf-8")
