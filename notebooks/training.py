@@ -204,7 +204,7 @@ class SelfCritical:
         return SELF_CRITICAL_EMA_DECAY
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
-        """Draw S captions of each photo of `mine`, weighted by advantages that sum to 0 for a photo."""
+        """Draw S captions of each photo of `mine`; their advantages sum to 0 for a photo."""
         trainer = self.trainer
         groups = [self.references[photo] for photo in mine]
         sides = [any({"left", "right"} & set(words) for words in group) for group in groups]
@@ -297,7 +297,7 @@ class Trainer:
         self.batches = {s: self.data.batches(s, size, longest) for s in ("train", "val")}
 
     def _choose_val_photos(self) -> None:
-        """Keep at most `val_photos` validation photos; see if CIDEr-D tells epochs apart on them."""
+        """Keep at most `val_photos` validation photos; see if CIDEr-D can rank epochs by them."""
         data, wanted = self.data, self.settings.val_photos
         have = len(data.of("val")[0])
         if 0 < wanted < have:
