@@ -433,7 +433,7 @@ class Captions:
             if 2 * count > of > 0:
                 raise st.ArtifactError(
                     f"More than half are {line}, of {of} in {self.source()}. Is it the "
-                    "caption file of these photos? Set dataset_dir or captions, or remove the others."
+                    "caption file of these photos? Set dataset_dir or captions, or remove others."
                 )
             bold = 100 * count > of > 0
             lines.append(f"\033[1mWarning: {line} of {of}\033[0m" if bold else line)
