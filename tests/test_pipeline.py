@@ -333,7 +333,7 @@ def draw_squares(folder, language):
     (folder / "captions.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("language", ["zh"])
+@pytest.mark.parametrize("language", list(SQUARES))
 def test_captions_in_other_scripts_go_through_all_notebooks(language, tmp_path, monkeypatch):
     (tmp_path / "squares").mkdir()
     draw_squares(tmp_path / "squares", language)
