@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import torch  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402
-from sample import draw_sample_dataset  # noqa: E402
+from sample import draw_dataset  # noqa: E402
 
 LIMIT = 480  # seconds; a step that would begin later is left out, and the report says so
 EXTRACT, VOCAB, TRAIN, EVALUATE, _ = st.STAGES
@@ -62,11 +62,13 @@ def run_stage(folder: Path, stage: str, parameters: dict, cpu: bool) -> None:
     words = [word for name, value in given.items() for word in ("-p", name, str(value))]
     papermill = str(Path(sys.executable).with_name("papermill"))
     notebook = str(ROOT / f"notebooks/{stage}.ipynb")
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [papermill, notebook, f"{stage}.ipynb", "--log-output", "--no-progress-bar", *words],
         cwd=folder,
-        env=os.environ | hidden,
+        env=environment,
         capture_output=True,
         text=True,
     )
@@ -143,7 +145,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     photos = arguments.photos or (60 if arguments.cpu else 1000)
-    draw_sample_dataset(out / "dataset", images=photos)
+    draw_dataset(out / "dataset", photos=photos)
     card = "CPU" if arguments.cpu else torch.cuda.get_device_name()
     rows = run_steps(out, 2 if arguments.cpu else 6, began)
     extra = {}

@@ -559,7 +559,10 @@ def test_a_captioner_keeps_its_calibration_on_disk(storyteller, tmp_path):
     ours, theirs = (
         teller.caption_features(train[:5, None], no_repeat=0) for teller in (fitted, again)
     )
-    assert [one.confidence for one in ours] == pytest.approx([one.confidence for one in theirs])
+    # The calibration is stored in float16.
+    assert [one.confidence for one in ours] == pytest.approx(
+        [one.confidence for one in theirs], abs=1e-3
+    )
     assert all(one.confidence is not None for one in ours)
 
 
