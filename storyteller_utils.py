@@ -14,7 +14,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -83,13 +83,14 @@ def _beside(name: str):
     """Import a file of notebooks/ or space/; on Kaggle they lie beside this module."""
     home = Path(__file__).resolve().parent
     for folder in (home, home / "notebooks", home / "space"):
-        if (folder / f"{name}.py").is_file():
-            sys.path.append(str(folder))
-            return importlib.import_module(name)
-    raise ArtifactError(
-        f"There is no {name}.py beside {home}. Run this in a clone of the project; without the "
-        "drawn sample, set dataset_dir to a folder of captioned photos."
-    )
+        path = folder / f"{name}.py"
+        if path.is_file():
+            sys.path.append(str(folder))  # for what it imports itself
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise ArtifactError(f"There is no {name}.py beside {home}. Run this in a clone of the project.")
 
 
 @contextlib.contextmanager
@@ -1084,8 +1085,7 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
                 for unfinished in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
                     shutil.rmtree(unfinished)
                 if not folder.is_dir():
-                    with writing(folder):
-                        _beside("sample").draw_dataset(folder)
+                    _draw_sample(folder)
         return dataclasses.replace(open_dataset(folder), is_sample=True)
     tables, pictured = [], set()
     for root, folders, files in os.walk(inputs):
@@ -1107,6 +1107,18 @@ def find_dataset(dataset_dir: str = "") -> Dataset:
             "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean."
         )
     return open_dataset(datasets[0])
+
+
+def _draw_sample(folder: Path) -> None:
+    try:
+        sample = _beside("sample")
+    except ArtifactError as error:
+        raise ArtifactError(
+            "There is no dataset: set dataset_dir to a folder of captioned photos. (The sample "
+            f"cannot be drawn: {error})"
+        ) from None
+    with writing(folder):
+        sample.draw_dataset(folder)
 
 
 def open_dataset(folder: Path) -> Dataset:
