@@ -109,7 +109,8 @@ def test_stored_outputs_are_there_and_hold_no_error_no_path_and_no_timing(cells)
 
 
 def test_an_unknown_parameter_is_refused(tmp_path):
-    shutil.copy(ROOT / "storyteller_utils.py", tmp_path)
+    for name in ("storyteller_utils.py", "notebooks/caption_files.py"):
+        shutil.copy(ROOT / name, tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match="has no parameter min_cuont"):
         papermill.execute_notebook(
             NOTEBOOKS["02_vocab"],

@@ -256,7 +256,7 @@ def test_the_terminal_tells_what_the_module_tells(inside):
         capture_output=True,
         text=True,
     )
-    assert told.stdout.strip() == caption
+    assert json.loads(told.stdout)["text"] == caption  # on a terminal, the caption alone
 
 
 def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folder(inside):

@@ -359,7 +359,7 @@ def export(model: Path | str, out: Path | str, int8: bool = False, photos: Path 
             f"The exported captioner gives other captions than {model} for {len(chosen) - equal} "
             f"of {len(chosen)} photos. Do not publish {out}; try other versions of {PACKAGES}."
         )
-    print(f"{out}: the same captions as {model} for {equal} of {len(chosen)} photos")
+    print(f"the same captions as {model} for {equal} of {len(chosen)} photos")
     return out
 
 
