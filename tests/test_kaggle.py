@@ -472,6 +472,6 @@ def test_the_repositorys_own_notebook_stops_in_cell_3_with_advice(tmp_path):
         ):
             shown = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
             assert "st.start(" in cell.source and "No module named 'storyteller_utils'" in shown
-            assert "make kaggle" in shown and "kaggle/README.md" in shown
+            assert "project's folder" in shown and "kaggle/README.md" in shown
             return
     raise AssertionError("no cell failed")
