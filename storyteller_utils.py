@@ -695,6 +695,7 @@ def join_processes(device: torch.device) -> tuple[int, int]:
 
 
 def wait_for_all() -> None:
+    """Wait until every process that torchrun started is here; alone, go on."""
     if "WORLD_SIZE" in os.environ:  # torchrun set it
         torch.distributed.barrier()
 
@@ -1122,6 +1123,7 @@ def _draw_sample(folder: Path) -> None:
 
 
 def open_dataset(folder: Path) -> Dataset:
+    """List the photos and the possible caption files below `folder`; ArtifactError without any."""
     if not folder.is_dir():
         raise ArtifactError(
             f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()})."
