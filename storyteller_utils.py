@@ -690,7 +690,10 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # before NCCL takes the first one it sees
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # NCCL wants a GPU of its own for each process.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
+        torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -982,7 +985,7 @@ def precision_here(device: torch.device, override: str = "auto"):
 def default_device() -> torch.device:
     """Return this process's GPU, or the CPU where there is none."""
     return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
