@@ -262,8 +262,10 @@ class Trainer:
             Path(job["reads"][s]) for s in st.STAGES["03_train_dual_t4"]
         )
         self.precision, reason = st.precision_here(self.device, self.settings.precision)
-        if self.device.type == "cpu" and self.precision == torch.float16:
-            torch.backends.mkldnn.set_flags(False)  # oneDNN has no LSTM in float16
+        usual = (torch.float32, st.precision_here(self.device)[0])
+        if self.device.type == "cpu" and self.precision not in usual:
+            # oneDNN has an LSTM in half precision only where the processor has that in hardware.
+            torch.backends.mkldnn.set_flags(False)
         self._say(f"{self.world} x {self.device.type}, {reason}")
         self._read_data()
         self._build(job)
