@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import look_around
 
+from support import CHROMIUM_FLAGS
+
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -18,21 +20,12 @@ pytestmark = pytest.mark.skipif(
 expect = playwright.expect
 CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jpg"))
 SHOTS = ROOT / "outputs" / "screenshots"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import publish
 import storyteller_utils as st
+from support import CHROMIUM_FLAGS
 
 for package in publish.EXPORT_PACKAGES:
     pytest.importorskip(package)
@@ -224,13 +225,7 @@ needs_browser = pytest.mark.skipif(
 expect = playwright.expect
 SHOTS = ROOT / "outputs" / "screenshots"
 FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *CHROMIUM_FLAGS,
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 SECONDS = 60_000  # milliseconds that anything may take on a busy machine
