@@ -2842,7 +2842,7 @@ class Storyteller:
             ) from None
         return storyteller
 
-    def save_pretrained(self, folder: Path | str, with_backbone: bool = True) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Write a captioner's files into `folder`, and touch nothing else there.
 
         These are model.safetensors (float16), vocab.json, README.md, config.json and, unless a
@@ -2856,7 +2856,7 @@ class Storyteller:
         }
         with replacing_files(folder, "config.json") as new:
             _save_weights(new / "model.safetensors", halves)
-            if with_backbone and self.config["backbone"] not in BACKBONES_FROM_PIP:
+            if self.config["backbone"] not in BACKBONES_FROM_PIP:
                 self.backbone.save(new / "backbone.safetensors")
             self.vocab.save(new / "vocab.json")
             write_text(new / "README.md", model_card(self.config))

@@ -751,10 +751,8 @@ def train(run: st.Run):
     """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
 
     Returns the history as a pandas DataFrame, a row an epoch; `run.out` holds model/, last.pt,
-    history.csv and
-    examples.csv. Where `max_hours` is over before the last epoch, that is what there is so far, and
-    a sentence says how
-    to go on; before the first one, there is only last.pt.
+    history.csv and examples.csv. Where `max_hours` is over before the last epoch, that is what
+    there is so far, and a sentence says how to go on; before the first one, there is only last.pt.
     """
     import pandas as pd
 
@@ -775,3 +773,25 @@ def train(run: st.Run):
         )
     path = run.out / "history.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+
+def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
+    """Fit a captioner's confidence on the validation photos, and keep it in `run.out`/model.
+
+    Measures which CIDEr-D goes with which score, as a share of what people reach: each photo's
+    first caption against its others. Returns the confidence of each validation photo's caption.
+    """
+    extracted, prepared = (run.reads[stage] for stage in st.STAGES["03_train_dual_t4"])
+    data = st.CaptionData.load(extracted.folder, prepared.folder)
+    features = st.Features(extracted / "features.npy", storyteller.pooled, storyteller.device)
+    photos, references = data.of("val")
+    found = [hypotheses[0] for hypotheses in st.generate(storyteller.captioner, features, photos)]
+    scores = np.array([hypothesis.score for hypothesis in found])  # (N,)
+    words = [storyteller.vocab.decode(hypothesis.ids) for hypothesis in found]
+    others = st.CiderD([group[1:] or group for group in references])
+    people = max(others.score([group[0] for group in references]).mean(), 1e-9)
+    shares = st.CiderD(references).score(words) / people  # (N,)
+    train, vectors = (features.vectors(rows) for rows in (data.rows["train"], photos))  # (N, D)
+    storyteller.calibrate(scores, shares, vectors, train)
+    storyteller.save_pretrained(run.out / "model")
+    return np.array(storyteller.confidence(scores, vectors))
