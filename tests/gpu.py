@@ -61,13 +61,15 @@ def run_stage(folder: Path, stage: str, parameters: dict, cpu: bool) -> None:
     """Run a notebook by papermill in `folder`; SystemExit with the end of its log if it fails."""
     given = {"dataset_dir": "dataset", **parameters}
     words = [word for name, value in given.items() for word in ("-p", name, str(value))]
-    papermill = str(Path(sys.executable).with_name("papermill"))
     notebook = str(ROOT / f"notebooks/{stage}.ipynb")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
-        [papermill, notebook, f"{stage}.ipynb", "--log-output", "--no-progress-bar", *words],
+        [
+            *(sys.executable, "-m", "papermill", notebook, f"{stage}.ipynb"),
+            *("--log-output", "--no-progress-bar", *words),
+        ],
         cwd=folder,
         env=environment,
         capture_output=True,
