@@ -62,7 +62,8 @@ def run_stage(folder: Path, stage: str, parameters: dict, cpu: bool) -> None:
     given = {"dataset_dir": "dataset", **parameters}
     words = [word for name, value in given.items() for word in ("-p", name, str(value))]
     notebook = str(ROOT / f"notebooks/{stage}.ipynb")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
