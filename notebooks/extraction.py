@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import storyteller_utils as st
 
@@ -137,6 +141,45 @@ def _read_lines(path: Path) -> list[dict]:
     return lines
 
 
+def _read_batch(
+    paths: Sequence[Path], how: str, side: int
+) -> tuple[Tensor, list[tuple[int, str, str]]]:
+    """Decode photos into (B, 3, side, side), uint8; an unreadable photo stays black.
+
+    Returns also, for each, its number of bytes, their sha256, and what is wrong with it.
+    """
+    photos = torch.zeros(len(paths), 3, side, side, dtype=torch.uint8)
+    notes = []
+    for i, path in enumerate(paths):
+        data, problem = b"", ""
+        try:
+            data = path.read_bytes()
+            photos[i] = st.preprocess(st.open_photo(data), how, side)
+        except (ValueError, OSError) as error:
+            problem = " ".join(str(error).split())
+        notes.append((len(data), hashlib.sha256(data).hexdigest(), problem))
+    return photos, notes
+
+
+def read_photos(
+    batches: Iterable[Sequence[Path]], how: str = "squash", side: int = st.PHOTO_SIZE
+) -> Iterator[tuple[Tensor, list[tuple[int, str, str]]]]:
+    """Decode batches of photos, in order, by threads that are a few batches ahead.
+
+    Yields of each batch the photos (B, 3, side, side), uint8, black where unreadable, and for each
+    photo its number of bytes, their sha256, and what is wrong with it.
+    """
+    workers = max(2, min(8, os.cpu_count() or 2))
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for paths in batches:
+            waiting.append(pool.submit(_read_batch, paths, how, side))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def extract_worker(job: dict) -> None:
     """Extract the features of a run's photos, as one of one or more processes."""
     settings, out, device = (
@@ -144,11 +187,11 @@ def extract_worker(job: dict) -> None:
         Path(job["out"]),
         st.default_device(),
     )
-    dataset = st.open_dataset(Path(job["dataset"]))
+    dataset = st.Dataset.open(Path(job["dataset"]))
     rank, world = st.join_processes(device)
     names = dataset.some(settings.max_photos)
     paths = [dataset.photos[name] for name in names]
-    dtype, reason = st.precision_here(device, settings.precision)
+    dtype, reason = st.choose_precision(device, settings.precision)
     backbone = st.load_backbone(settings.backbone, settings.backbone_weights).prepare(device, dtype)
     views = {"features": False}  # name -> mirrored
     if settings.flips:
@@ -159,7 +202,8 @@ def extract_worker(job: dict) -> None:
     files = _FeatureFiles(out, list(views), shape, st.sha256(key))
     if rank == 0:
         files.begin()
-    st.wait_for_all()
+    if world > 1:
+        torch.distributed.barrier()
     if files.facts():  # of a run that ended between this and its manifest
         return
     # A batch with an unreadable photo is read again: a network drive may have been away.
@@ -169,7 +213,7 @@ def extract_worker(job: dict) -> None:
     if rank == 0:
         before = f", {len(done)} batches done before" if done else ""
         print(f"{backbone.name} on {world} x {device.type}, {reason}{before}", file=sys.stderr)
-    batches = st.read_photos(
+    batches = read_photos(
         [paths[row : row + size] for row in todo], settings.preprocessing, settings.photo_size
     )
     total = sum(len(paths[row : row + size]) for row in todo)
@@ -181,7 +225,8 @@ def extract_worker(job: dict) -> None:
                 features[view] = seen.half().cpu().numpy()  # (B, R, D)
             files.write(row, features, notes)
             bar.update(len(notes))
-    st.wait_for_all()
+    if world > 1:
+        torch.distributed.barrier()
     if rank == 0:
         for name in ("backbone.safetensors", "features_flip.npy"):
             (out / name).unlink(missing_ok=True)  # an earlier run's
@@ -218,6 +263,6 @@ def extract(run: st.Run) -> dict:
     """
     # Until this is done, what an earlier run left is still there.
     st.set_status(run.out, stopped={"reason": "it was stopped"})
-    st.launch("extract", run)
+    run.launch("extract")
     st.set_status(run.out, stopped={})
     return _read_lines(run.out / ".partial/journal.jsonl")[-1]["facts"]

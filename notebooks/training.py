@@ -261,8 +261,8 @@ class Trainer:
         self.extracted, self.prepared = (
             Path(job["reads"][s]) for s in st.STAGES["03_train_dual_t4"]
         )
-        self.precision, reason = st.precision_here(self.device, self.settings.precision)
-        usual = (torch.float32, st.precision_here(self.device)[0])
+        self.precision, reason = st.choose_precision(self.device, self.settings.precision)
+        usual = (torch.float32, st.choose_precision(self.device)[0])
         if self.device.type == "cpu" and self.precision not in usual:
             # oneDNN has an LSTM in half precision only where the processor has that in hardware.
             torch.backends.mkldnn.set_flags(False)
@@ -551,7 +551,8 @@ class Trainer:
         What stops before (`stop`, or `max_hours`) says so in status.json.
         """
         self.resume()
-        st.wait_for_all()
+        if self.world > 1:
+            torch.distributed.barrier()
         if self.rank == 0 and not self.progress.history:
             # What an earlier run left must not pass for this one's.
             shutil.rmtree(self.out / "model", ignore_errors=True)
@@ -565,7 +566,8 @@ class Trainer:
             at, epochs = self.progress, self.recipe["epochs"] + self.recipe["self_critical"]
             place = {"epoch": at.epoch, "step": at.step, "epochs": epochs, "reason": self.stop}
             st.set_status(self.out, stopped=place if more else {})
-        st.wait_for_all()
+        if self.world > 1:
+            torch.distributed.barrier()
 
     def wanted(self) -> bool:
         """Return whether another epoch is wanted, in this phase or in the self-critical one after
@@ -656,13 +658,13 @@ class Trainer:
         This folder's last.pt, then `resume_from`; else, on Kaggle, that of an attached run that
         stopped.
         """
-        asked, inputs, own = self.settings.resume_from, st.kaggle_input(), self.out / "last.pt"
+        asked, own = self.settings.resume_from, self.out / "last.pt"
         found = [(own, False)] if own.is_file() else []
         if asked:
             return [*found, (self._asked_checkpoint(Path(asked)), True)]
-        if found or not inputs:
+        if found:
             return found
-        folders = st.attached_folders(inputs, self.out.name, "status.json")
+        folders = st.Artifact.attached(self.out.name, "status.json")
         if len(folders) > 1:
             raise st.ArtifactError(
                 f"{len(folders)} unfinished runs of {self.out.name} are attached; remove all but "
@@ -763,8 +765,8 @@ def train(run: st.Run):
             extracted / name
     for name in ("captions.csv", "vocab.json"):
         prepared / name
-    st.launch("train", run)
-    if stopped := st.read_status(run.out).get("stopped"):
+    run.launch("train")
+    if stopped := run.stopped():
         print(
             f"Training stopped after {stopped['epoch']} of {stopped['epochs']} epochs and "
             f"{stopped['step']} steps: {stopped['reason']}. Run this notebook again, with the same "
@@ -795,3 +797,17 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
     storyteller.calibrate(scores, shares, vectors, train)
     storyteller.save_pretrained(run.out / "model")
     return np.array(storyteller.confidence(scores, vectors))
+
+
+def loss_curves(history):
+    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a Figure."""
+    figure, (left, right) = st.new_figure(9, 3, 1, 2)
+    left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
+    left.plot(history["epoch"], history["val_loss"], label="validation")
+    left.set(xlabel="epoch", ylabel="negative log-likelihood a token")
+    left.legend()
+    right.plot(history["epoch"], history["val_cider"], color="#55a868")
+    best = int(history["val_cider"].idxmax())
+    right.plot(history["epoch"][best], history["val_cider"][best], "o", color="#55a868")
+    right.set(xlabel="epoch", ylabel="CIDEr-D, validation", ylim=(0, None))
+    return figure

@@ -546,7 +546,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER|GLOB|LIST.txt|SHARDS.tar|-")
-    add("--model", default=str(st.default_model()), help="folder or Hub id (default: %(default)s)")
+    add(
+        "--model",
+        default=str(st.Storyteller.default_folder()),
+        help="folder or Hub id (default: %(default)s)",
+    )
     add("--to", choices=FORMATS, help="default: what --out ends with, else jsonl")
     add("--out", type=Path, metavar="FILE|FOLDER", help="default: standard output")
     add("--overwrite", action="store_true", help="caption again what has a caption")

@@ -125,7 +125,7 @@ def build_space(
     if scores is not None:
         config |= {"scores": scores, "scored_on": scored_on}
         contents["model/config.json"] = (json.dumps(config, ensure_ascii=False) + "\n").encode()
-        contents["model/README.md"] = st.model_card(config).encode()
+        contents["model/README.md"] = st.Storyteller.model_card(config).encode()
     _write_build(out, contents, entry="app.py")
     zip_space(out)
     return out
@@ -625,7 +625,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--static", action="store_true", help="captions in the visitor's browser")
     parser.add_argument("--private", action="store_true", help="show it to nobody else")
     parser.add_argument(
-        "--model", default=st.default_model(), metavar="FOLDER", help="default: %(default)s"
+        "--model",
+        default=st.Storyteller.default_folder(),
+        metavar="FOLDER",
+        help="default: %(default)s",
     )
     parser.add_argument("--model-repo", metavar="NAME/captioner", help="push the captioner too")
     arguments = parser.parse_args(argv)

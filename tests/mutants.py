@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     Mutant(
         "beams of other photos go on",
-        "Beams.reorder",
+        "_Beams.reorder",
         "torch.arange(len(parent), device=parent.device)[:, None] * self.ids.shape[1]",
         "torch.arange(len(parent), device=parent.device)[:, None] * 0",
     ),

@@ -607,7 +607,7 @@ def test_attention_weights_are_spared_when_nobody_asks_for_them():
 
 
 def test_the_model_card_has_scores_and_settings_as_tables(storyteller):
-    plain = st.model_card(storyteller.config)
+    plain = st.Storyteller.model_card(storyteller.config)
     assert "|" not in plain and "drawings, not photos" in plain
     config = storyteller.config | {
         "scores": {"CIDEr-D": {"value": 0.5555, "low": 0.5, "high": 0.6}},
@@ -615,7 +615,7 @@ def test_the_model_card_has_scores_and_settings_as_tables(storyteller):
         "settings": {"03_train_dual_t4": {"recipe": "best", "epochs": None, "flips": False}},
         "dataset": {"name": "Flickr30k", "sample": False},
     }
-    card = st.model_card(config)
+    card = st.Storyteller.model_card(config)
     assert "Scores on nothing, test:" in card and "| CIDEr-D | 0.555 | 0.500 to 0.600 |" in card
     assert "| 03_train_dual_t4 | recipe='best', epochs=None, flips=False |" in card
     assert card.startswith("---\n") and "license: other\n---" in card

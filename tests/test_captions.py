@@ -39,7 +39,7 @@ def dataset(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(ONE_PIXEL)
     (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return st.find_dataset(str(folder))
+    return st.Dataset.find(str(folder))
 
 
 def rows_of(folder: Path, text, **more) -> list[tuple[str, str]]:
@@ -289,7 +289,7 @@ def test_a_caption_file_of_a_public_dataset_is_read_as_expected(tmp_path, case):
     for path in (CASES / case).iterdir():
         if path.name not in ("photos.txt", "expected.json"):
             shutil.copy(path, tmp_path)
-    captions = caption_files.read_captions(st.find_dataset(str(tmp_path)))
+    captions = caption_files.read_captions(st.Dataset.find(str(tmp_path)))
     first, caption = captions.rows[0]
     alike = [unicodedata.normalize("NFC", n).lower() for n in (first, expected["photo"])]
     assert alike[0] == alike[1]
@@ -543,7 +543,7 @@ def test_several_caption_files_are_a_choice_and_never_a_guess(tmp_path):
 def test_what_macos_and_windows_leave_is_no_photo_and_no_caption_file(tmp_path):
     data = dataset(tmp_path, "dog.jpg,A dog .\n", photos=["dog.jpg", "._dog.jpg", "Thumbs.db"])
     (tmp_path / "._captions.txt").write_bytes(b"\0\5\26\7")
-    assert list(st.find_dataset(str(tmp_path)).photos) == ["dog.jpg"] == list(data.photos)
+    assert list(st.Dataset.find(str(tmp_path)).photos) == ["dog.jpg"] == list(data.photos)
 
 
 def test_captions_that_change_after_02_are_noticed_by_the_next_stage(here):
@@ -712,7 +712,7 @@ def test_links_to_photos_and_to_folders_of_photos_are_followed_and_a_circle_ends
     (tmp_path / "data/captions.txt").write_text(
         "image,caption\ndog.jpg,A dog .\ndeep/cat.jpg,A cat .\nsky.jpg,The sky .\n"
     )
-    found = st.find_dataset(str(tmp_path / "data"))
+    found = st.Dataset.find(str(tmp_path / "data"))
     assert list(found.photos) == ["deep/cat.jpg", "dog.jpg", "gone.jpg", "sky.jpg"]
     assert caption_files.read_captions(found).without_caption == ["gone.jpg"]
 
@@ -727,12 +727,12 @@ def test_a_name_that_is_no_text_is_refused_and_emoji_are_text(tmp_path):
     except OSError as error:
         pytest.skip(f"this file system has no such names ({error})")
     with pytest.raises(st.ArtifactError, match=r"caf.*Rename it"):
-        st.find_dataset(str(folder))
+        st.Dataset.find(str(folder))
 
 
 def test_a_folder_without_photos_or_without_captions_says_what_is_missing(tmp_path):
     with pytest.raises(st.ArtifactError, match=r"nowhere.*not a folder"):
-        st.find_dataset(str(tmp_path / "nowhere"))
+        st.Dataset.find(str(tmp_path / "nowhere"))
     with pytest.raises(st.ArtifactError, match="no photos"):
         dataset(tmp_path, "image,caption\n", photos=[])
     (tmp_path / "captions.txt").unlink()
@@ -763,9 +763,9 @@ def draw_dataset(folder):
 
 
 def test_off_kaggle_the_sample_is_drawn_once_and_named(copied):
-    first = copied.find_dataset()
+    first = copied.Dataset.find()
     before = {path: path.stat().st_mtime_ns for path in first.photos.values()}
-    again = copied.find_dataset()
+    again = copied.Dataset.find()
     assert first.is_sample and "drawn" in first.describe() and "dataset_dir" in first.describe()
     assert {path: path.stat().st_mtime_ns for path in again.photos.values()} == before
     assert len(before) == 1
@@ -774,7 +774,7 @@ def test_off_kaggle_the_sample_is_drawn_once_and_named(copied):
 def test_a_module_without_its_project_asks_for_a_dataset(here, copied):
     (here / "notebooks/sample.py").unlink()
     with pytest.raises(copied.ArtifactError, match="no dataset: set dataset_dir"):
-        copied.find_dataset()
+        copied.Dataset.find()
     assert not (here / "outputs/sample_dataset").exists()
 
 
@@ -790,7 +790,7 @@ def test_on_kaggle_a_missing_dataset_says_how_to_add_it_and_draws_nothing(here, 
     (here / "input").mkdir()
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
     with pytest.raises(st.ArtifactError, match=r"(?s)Add.*adityajn105/flickr30k.*dataset_dir"):
-        st.find_dataset()
+        st.Dataset.find()
     assert not (here / "outputs").exists()
 
 
@@ -806,7 +806,7 @@ def test_on_kaggle_the_dataset_is_found_at_any_depth_and_outputs_are_not_taken_f
     for name in ("manifest.json", "captions.csv"):
         (earlier / name).write_text("{}")
     dataset(here / "input" / mount, "image,caption\ndog.jpg,A dog .\n")
-    found = st.find_dataset()
+    found = st.Dataset.find()
     assert found.folder == here / "input" / mount and not found.is_sample
 
 
@@ -815,7 +815,7 @@ def test_on_kaggle_two_datasets_are_listed_and_none_is_chosen(here, monkeypatch)
     for name in ("flickr8k", "flickr30k"):
         dataset(here / "input" / name, "image,caption\ndog.jpg,A dog .\n")
     with pytest.raises(st.ArtifactError, match=r"(?s)input/flickr.*input/flickr.*dataset_dir"):
-        st.find_dataset()
+        st.Dataset.find()
 
 
 def test_the_second_copy_of_the_captions_among_the_photos_is_the_same_dataset(here, monkeypatch):
@@ -825,18 +825,18 @@ def test_the_second_copy_of_the_captions_among_the_photos_is_the_same_dataset(he
     shutil.copy(
         here / "input/images/results.csv", here / "input/images/flickr30k_images/results.csv"
     )
-    found = st.find_dataset()
+    found = st.Dataset.find()
     assert found.folder == here / "input/images"
     assert caption_files.read_captions(found).rows == [("dog.jpg", "A dog .")]
 
 
 def test_a_dataset_is_the_same_wherever_it_lies_and_another_with_a_photo_less(tmp_path, drawn):
     copy = shutil.copytree(drawn, tmp_path / "elsewhere")
-    ours, moved = st.find_dataset(str(drawn)).identity(), st.find_dataset(str(copy)).identity()
+    ours, moved = st.Dataset.find(str(drawn)).identity(), st.Dataset.find(str(copy)).identity()
     assert ours["fingerprint"] == moved["fingerprint"]
     assert ours["photos"] == 24
     (copy / "Images/scene_0001.jpg").unlink()
-    assert st.find_dataset(str(copy)).identity()["fingerprint"] != ours["fingerprint"]
+    assert st.Dataset.find(str(copy)).identity()["fingerprint"] != ours["fingerprint"]
 
 
 @given(photos=some.integers(0, 400), count=some.integers(0, 500))
@@ -1000,7 +1000,7 @@ def test_copies_are_found_by_their_bytes_and_follow_the_list_that_holds_out(tmp_
 
 
 def test_real_lists_put_six_thousand_photos_into_train_and_one_thousand_into_val(shared):
-    data = st.find_dataset(str(shared / "flickr8k"))
+    data = st.Dataset.find(str(shared / "flickr8k"))
     captions = caption_files.read_captions(data)
     assert len(data.photos) == 7000 and len(captions.rows) == 35000 and not captions.unread
     assert Counter(

@@ -156,3 +156,24 @@ def test_the_last_check_of_04_is_an_error_only_where_nothing_explains_it(case, t
     else:
         exec(check, known)
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.fast
+def test_the_score_table_shows_values_intervals_and_what_a_row_knows_besides():
+    notebook = nbformat.read(NOTEBOOKS["04_evaluate"], 4)
+    (lay_out,) = [c.source for c in code(notebook.cells) if c.source.endswith("\ntable")]
+    dog, cat = ["a", "dog", "runs"], ["a", "cat"]
+    rows = st.score_rows({"beam": [dog, cat]}, [[dog, cat], [cat, dog]], "beam")
+    rows["beam"] |= {"seconds a photo": 0.00125, "copied from training": 0.5}
+    dataset = SimpleNamespace(title=lambda: "a title")
+    known = {"st": st, "run": SimpleNamespace(dataset=dataset), "split": "test"}
+    known |= {"rows": rows, "best": "beam"}
+    exec(lay_out, known)
+    table = known["table"]
+    assert table.index.name == "a title, test" and list(table.columns) == list(rows)
+    cider = rows["beam"]["CIDEr-D"]
+    shown = f"{cider['value']:.3f} [{cider['low']:.3f}, {cider['high']:.3f}]"
+    assert table["beam"]["CIDEr-D"] == shown
+    assert rows["beam"]["METEOR label"] in table.index and "METEOR" not in table.index
+    people = table["people (one reference)"]
+    assert table["beam"]["copied from training"] == "50.0%" and people["seconds a photo"] == ""

@@ -20,6 +20,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st_
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import extraction
@@ -459,7 +460,7 @@ def test_the_display_p3_case_is_more_colourful_in_srgb(cases):
 
 
 def test_photos_of_every_suffix_in_use_are_in_the_dataset(cases):
-    assert len(st.find_dataset(str(cases / "other_suffixes")).photos) == 14
+    assert len(st.Dataset.find(str(cases / "other_suffixes")).photos) == 14
 
 
 # Preprocessing
@@ -622,9 +623,9 @@ def _checkpoint(tensors):
 
 @pytest.mark.parametrize("change", [_module, _checkpoint])
 def test_dataparallels_prefix_is_dropped(drawn, change):
-    plain, metadata = st.load_weights(_random_resnet(drawn.parent))
-    wrapped, _ = st.load_weights(_random_resnet(drawn.parent, change))
-    assert wrapped.keys() == plain.keys() and metadata == {}
+    plain = st.load_backbone("resnet50", _random_resnet(drawn.parent)).weights
+    wrapped = st.load_backbone("resnet50", _random_resnet(drawn.parent, change)).weights
+    assert wrapped.keys() == plain.keys()
     assert all(torch.equal(wrapped[key], plain[key]) for key in plain)
 
 
@@ -641,8 +642,7 @@ def test_a_backbone_is_known_by_its_weights(drawn, tmp_path):
     saved = st.load_backbone("resnet50", str(tmp_path / "backbone.safetensors"))
     assert saved.sha256 == first.sha256
     assert {
-        (t.ndim > 1, t.dtype)
-        for t in st.load_weights(tmp_path / "backbone.safetensors")[0].values()
+        (t.ndim > 1, t.dtype) for t in load_file(tmp_path / "backbone.safetensors").values()
     } == {(True, torch.float16), (False, torch.float32)}
     photos = photos_of(drawn, 2)
     assert torch.equal(*(b.prepare(CPU, torch.float32)(photos, 1) for b in (first, saved)))
@@ -684,7 +684,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(here, write):
     with pytest.raises(
         st.ArtifactError, match=r"weights\.pth holds no weights that can be read safely"
     ):
-        st.load_weights(here / "weights.pth")
+        st.load_backbone("resnet50", str(here / "weights.pth"))
     assert not (here / "it-ran").exists()
 
 
@@ -698,10 +698,10 @@ def test_files_that_hold_no_weights_are_refused_by_name(tmp_path, data, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(data)
     with pytest.raises(st.ArtifactError, match=f"weights{suffix} holds no weights"):
-        st.load_weights(path)
+        st.load_backbone("resnet50", str(path))
     path.unlink()
     with pytest.raises(st.ArtifactError, match=f"weights{suffix}"):
-        st.load_weights(path)
+        st.load_backbone("resnet50", str(path))
 
 
 @pytest.fixture(scope="module")
@@ -721,8 +721,7 @@ def real_photos(shared) -> torch.Tensor:
 def test_real_resnet50_weights_compute_what_torchvisions_network_does_with_its_strides_moved(
     real, real_photos
 ):
-    tensors, metadata = st.load_weights(real)
-    assert "stride_in_1x1" in metadata
+    tensors = load_file(real)
     reference = _pooled_by_torchvision(
         {k: t.float() for k, t in tensors.items()}, real_photos, stride_in_1x1=True
     )
@@ -735,9 +734,7 @@ def test_real_resnet50_weights_compute_what_torchvisions_network_does_with_its_s
 
 
 def test_the_stock_stride_is_another_network(real, real_photos, tmp_path):
-    from safetensors.torch import save_file
-
-    tensors, _ = st.load_weights(real)
+    tensors = load_file(real)
     save_file(tensors, tmp_path / "stock.safetensors")
     stock, moved = (
         st.load_backbone("resnet50", str(path)) for path in (tmp_path / "stock.safetensors", real)
@@ -861,7 +858,7 @@ def test_the_order_of_the_file_system_does_not_matter(here, drawn, undisturbed, 
 
 def test_max_photos_extracts_the_same_photos_as_every_stage_takes(here, drawn):
     _, images, _ = extracted(drawn, max_photos=5)
-    assert [row["image"] for row in images] == st.find_dataset(str(drawn)).some(5)
+    assert [row["image"] for row in images] == st.Dataset.find(str(drawn)).some(5)
 
 
 def test_the_grid_averages_to_the_pooled_vector(here, drawn, undisturbed):
@@ -1040,7 +1037,7 @@ def test_what_a_run_with_other_settings_left_is_not_taken(
 
 
 def test_a_stage_that_was_stopped_cannot_be_finished_by_hand_nor_read(here, drawn, monkeypatch):
-    monkeypatch.setattr(st, "launch", lambda command, run: extraction.extract_worker(run.job()))
+    monkeypatch.setattr(st.Run, "launch", lambda run, command: extraction.extract_worker(run.job()))
     extraction.extract(begun(drawn))
     run = begun(drawn, preprocessing="crop")
     with monkeypatch.context() as dying, pytest.raises(Killed):
@@ -1050,7 +1047,7 @@ def test_a_stage_that_was_stopped_cannot_be_finished_by_hand_nor_read(here, draw
     with pytest.raises(
         st.ArtifactError, match="01_extract_features stopped before it was finished"
     ):
-        st.find_artifact("01_extract_features")
+        st.Artifact.find("01_extract_features")
 
 
 def test_what_is_unfinished_takes_no_more_room_than_what_is_finished(
@@ -1164,7 +1161,7 @@ def test_a_killed_process_loses_nothing_but_its_last_batch(here, drawn, undistur
 
 def test_two_processes_extract_what_one_does(here, drawn, undisturbed):
     run = begun(drawn)
-    st.launch("extract", run, processes=2)
+    run.launch("extract", processes=2)
     assert near(np.load(run.out / "features.npy"), undisturbed[0])
     assert left(run.out)["images.csv"] == undisturbed[2]["images.csv"]
 

@@ -66,7 +66,7 @@ def inside(executed, monkeypatch):
 
 
 def test_every_stage_finishes_and_is_built_on_what_was_there(inside):
-    manifests = {stage: st.find_artifact(stage).manifest for stage in st.STAGES}
+    manifests = {stage: st.Artifact.find(stage).manifest for stage in st.STAGES}
     for stage, manifest in manifests.items():
         assert manifest["reads"] == {name: manifests[name]["edition"] for name in st.STAGES[stage]}
         assert manifest["dataset"]["sample"] and manifest["seconds"] > 0
@@ -127,7 +127,7 @@ def test_unseen_scenes_are_captioned_well(inside):
 
 def test_captions_collapse_when_the_features_are_shuffled_among_the_photos(inside):
     data = st.CaptionData.load(
-        st.find_artifact("01_extract_features"), st.find_artifact("02_vocab")
+        st.Artifact.find("01_extract_features"), st.Artifact.find("02_vocab")
     )
     rows, references = data.of("test")
     teller = st.Storyteller.from_pretrained("outputs/03_train_dual_t4/model")
@@ -265,7 +265,7 @@ def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folde
     The outputs it compares are those that papermill stored.
     """
     before = {
-        stage: st.find_artifact(stage).manifest["edition"]
+        stage: st.Artifact.find(stage).manifest["edition"]
         for stage in ("01_extract_features", "02_vocab")
     }
     done = subprocess.run(
@@ -286,7 +286,7 @@ def test_the_executed_notebooks_give_the_same_outputs_again_from_their_own_folde
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert not Path("notebooks/outputs").exists()
-    assert before == {stage: st.find_artifact(stage).manifest["edition"] for stage in before}
+    assert before == {stage: st.Artifact.find(stage).manifest["edition"] for stage in before}
 
 
 def test_the_stored_notebooks_show_what_they_still_print(executed):

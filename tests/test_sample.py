@@ -63,7 +63,7 @@ def test_every_photo_has_five_captions_of_different_words(scenes):
 
 
 def test_the_module_reads_all_that_was_drawn(scenes):
-    read = caption_files.read_captions(st.find_dataset(str(scenes)))
+    read = caption_files.read_captions(st.Dataset.find(str(scenes)))
     assert set(Counter(name for name, _ in read.rows).values()) == {5}
     assert len(read.rows) == 24 * 5
 

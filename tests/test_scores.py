@@ -474,20 +474,6 @@ def test_scoring_without_photos_or_references_says_what_is_missing():
             st.score_rows({"": hypotheses}, references)
 
 
-def test_the_table_shows_values_intervals_and_what_a_row_knows_besides():
-    hypotheses, references = photos(30)
-    rows = st.score_rows({"beam": hypotheses}, references)
-    rows["beam"] |= {"seconds a photo": 0.00125, "copied from training": 0.5}
-    table = st.score_table(rows, "a title")
-    assert table.index.name == "a title" and list(table.columns) == list(rows)
-    cider = rows["beam"]["CIDEr-D"]
-    shown = f"{cider['value']:.3f} [{cider['low']:.3f}, {cider['high']:.3f}]"
-    assert table["beam"]["CIDEr-D"] == shown
-    assert rows["beam"]["METEOR label"] in table.index and "METEOR" not in table.index
-    people = table["people (four references)"]
-    assert table["beam"]["copied from training"] == "50.0%" and people["seconds a photo"] == ""
-
-
 # Reference rows
 
 

@@ -66,9 +66,9 @@ def test_a_stage_is_finished_by_its_manifest_alone(here, data):
     run = begin_stage(VOCAB, dataset_dir=data)
     (run.out / "table.csv").write_text("one\n")
     with pytest.raises(st.ArtifactError, match=rf"{VOCAB} stopped before.*Run {VOCAB}\.ipynb"):
-        st.find_artifact(VOCAB)
+        st.Artifact.find(VOCAB)
     run.finish(rows=3)
-    artifact = st.find_artifact(VOCAB)
+    artifact = st.Artifact.find(VOCAB)
     assert (
         artifact.manifest["facts"] == {"rows": 3}
         and (artifact / "table.csv").read_text() == "one\n"
@@ -114,7 +114,7 @@ def test_hidden_leftovers_are_no_part_of_an_artifact(here, data):
         (run.out / name).write_text("x")
     run.finish()
     (run.out / ".DS_Store").unlink()
-    assert set(st.find_artifact(VOCAB).manifest["files"]) == {"table.csv"}
+    assert set(st.Artifact.find(VOCAB).manifest["files"]) == {"table.csv"}
 
 
 def test_finishing_twice_leaves_a_valid_artifact(here, data):
@@ -123,7 +123,7 @@ def test_finishing_twice_leaves_a_valid_artifact(here, data):
     run.finish()
     (run.out / "table.csv").write_text("two\n")
     run.finish()  # someone ran the notebook's last cells again
-    assert set(st.find_artifact(VOCAB).manifest["files"]) == {"table.csv"}
+    assert set(st.Artifact.find(VOCAB).manifest["files"]) == {"table.csv"}
 
 
 def test_the_same_bytes_are_the_same_edition_wherever_the_dataset_lies(here, data):
@@ -146,17 +146,17 @@ def test_another_dataset_is_another_edition(here, data):
 
 def test_restarting_a_stage_makes_it_unfinished(here, data):
     finished(VOCAB, data)
-    st.find_artifact(VOCAB)
+    st.Artifact.find(VOCAB)
     begin_stage(VOCAB, dataset_dir=data)
     with pytest.raises(st.ArtifactError, match=f"{VOCAB} stopped before it was finished"):
-        st.find_artifact(VOCAB)
+        st.Artifact.find(VOCAB)
 
 
 def test_settings_that_are_refused_leave_the_finished_stage_alone(here, data):
     finished(VOCAB, data)
     with pytest.raises(ValueError):
         begin_stage(VOCAB, dataset_dir=data, min_count=0)
-    st.find_artifact(VOCAB)
+    st.Artifact.find(VOCAB)
 
 
 def test_what_finish_prints_names_the_files_and_the_next_notebook(here, data, capsys):
@@ -272,7 +272,7 @@ def test_a_broken_manifest_is_refused_by_name(here, data, text):
     finished(VOCAB, data)
     (here / "outputs" / VOCAB / "manifest.json").write_text(text)
     with pytest.raises(st.ArtifactError, match=f"{VOCAB}/manifest.json"):
-        st.find_artifact(VOCAB)
+        st.Artifact.find(VOCAB)
 
 
 # Kaggle's inputs
@@ -298,7 +298,7 @@ def test_several_outputs_of_a_stage_are_listed_and_none_is_chosen(here, data, mo
     folders = [mount(here, data, "one"), mount(here, data, "notebooks/me/two")]
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
     with pytest.raises(st.ArtifactError, match=f"2 outputs of {VOCAB}") as error:
-        st.find_artifact(VOCAB)
+        st.Artifact.find(VOCAB)
     assert all(str(folder) in str(error.value) for folder in folders)
 
 
@@ -309,14 +309,14 @@ def test_no_output_of_a_stage_says_where_it_was_looked_for_and_what_to_run(here,
         st.ArtifactError,
         match=f"(?s)No finished {VOCAB} in outputs or under {here}/input.*Run {VOCAB}.ipynb",
     ):
-        st.find_artifact(VOCAB)
+        st.Artifact.find(VOCAB)
 
 
 def test_this_sessions_own_output_goes_before_an_attached_one(here, data, monkeypatch):
     mount(here, data, "old")
     manifest = finished(VOCAB, data, text="new\n")
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(here / "input"))
-    assert st.find_artifact(VOCAB).manifest["edition"] == manifest["edition"]
+    assert st.Artifact.find(VOCAB).manifest["edition"] == manifest["edition"]
 
 
 # start
@@ -491,14 +491,14 @@ def killed_at(monkeypatch, moment: int, write) -> bool:
 
 
 def write_folder(text: str, *names: str) -> None:
-    with st.replacing_files("model", "config.json") as new:
+    with st.FileSet("model", "config.json").replace() as new:
         st.write_json(new / "config.json", {"text": text})
         for name in names:
             st.write_text(new / name, f"{text} {name}")
 
 
 def read_folder() -> tuple[str, dict]:
-    says, files = st.own_files("model", "config.json")
+    says, files = st.FileSet("model", "config.json").read()
     return says["text"], {name: path.read_text() for name, path in files.items()}
 
 
@@ -536,7 +536,7 @@ def test_a_file_of_another_writing_is_refused_and_a_card_may_be_edited(here):
     assert read_folder()[1]["README.md"] == "edited"
     Path("model/a.bin").write_text("two a.bin")
     with pytest.raises(st.ArtifactError, match=r"model/a\.bin is missing or is not the one"):
-        st.own_files("model", "config.json")
+        st.FileSet("model", "config.json").read()
 
 
 def test_what_an_earlier_writing_left_goes_unless_it_was_changed(here):
@@ -549,7 +549,7 @@ def test_what_an_earlier_writing_left_goes_unless_it_was_changed(here):
 def test_an_index_that_lists_no_files_takes_those_that_are_there(here):
     st.write_json("model/config.json", {"text": "before files were listed"})
     Path("model/a.bin").write_text("a")
-    assert st.own_files("model", "config.json")[1]["a.bin"] == Path("model/a.bin")
+    assert st.FileSet("model", "config.json").read()[1]["a.bin"] == Path("model/a.bin")
 
 
 def test_a_stage_that_is_killed_anywhere_in_finish_is_unfinished_or_whole(here, data, monkeypatch):
@@ -559,11 +559,11 @@ def test_a_stage_that_is_killed_anywhere_in_finish_is_unfinished_or_whole(here, 
         (run.out / "table.csv").write_text("one\n")
         killed = killed_at(monkeypatch, moment, run.finish)
         if (run.out / "manifest.json").is_file():
-            assert (st.find_artifact(VOCAB) / "table.csv").read_text() == "one\n"
+            assert (st.Artifact.find(VOCAB) / "table.csv").read_text() == "one\n"
             outcomes.add("whole")
         else:
             with pytest.raises(st.ArtifactError, match="stopped before it was finished"):
-                st.find_artifact(VOCAB)
+                st.Artifact.find(VOCAB)
             outcomes.add("unfinished")
         if not killed:
             break
@@ -626,7 +626,7 @@ def stand_in(here, data, monkeypatch):
 def test_no_character_is_split_where_output_comes_in_blocks(stand_in, capsys):
     text = "€" * 5000
     run = stand_in(f"print({text!r})")
-    st.launch("extract", run)
+    run.launch("extract")
     assert capsys.readouterr().err == f"{text}\n"
 
 
@@ -637,10 +637,10 @@ def test_the_first_error_is_raised_and_a_killed_worker_is_said(stand_in):
         "sys.exit('\\nstoryteller: ValueError: lost a peer')"
     )
     with pytest.raises(st.ArtifactError, match=r"^first\nits second line$"):
-        st.launch("extract", run)
+        run.launch("extract")
     run = stand_in("import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(RuntimeError, match=r"status -9 \(one was killed, often for want of memory"):
-        st.launch("extract", run)
+        run.launch("extract")
 
 
 def test_a_worker_started_by_hand_prints_its_error(here):
@@ -696,7 +696,7 @@ def test_a_workers_own_message_is_raised_as_the_same_error(here, data, capsys):
         backbone_weights=str(here / "gone.safetensors"),
     )
     with pytest.raises(st.ArtifactError, match=r"gone\.safetensors holds no weights") as error:
-        st.launch("extract", run)
+        run.launch("extract")
     assert "Traceback" not in str(error.value)
     assert [path.name for path in run.out.iterdir()] == ["status.json"]
 
@@ -706,7 +706,7 @@ def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
         FEATURES, dataset_dir=data, backbone="resnet50", backbone_weights="IMAGENET1K_V9"
     )
     with pytest.raises(ValueError, match=r"IMAGENET1K_V9.*IMAGENET1K_V2"):
-        st.launch("extract", run)
+        run.launch("extract")
 
 
 # Precision
@@ -743,7 +743,7 @@ def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
 def test_precision_follows_from_the_hardware_unless_it_is_given(
     device, capability, flags, override, expected
 ):
-    dtype, reason = st.choose_precision(device, capability, flags, override)
+    dtype, reason = st.choose_precision(torch.device(device), override, capability, flags)
     assert dtype == expected and str(expected).removeprefix("torch.") in reason
 
 

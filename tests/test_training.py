@@ -234,11 +234,11 @@ def test_slices_of_a_batch_give_the_gradient_of_the_whole():
 
 def test_two_processes_train_what_one_does():
     alone, together = begin(dropout=0, epochs=2, batch_size=25), None
-    st.launch("train", alone, processes=1)
+    alone.launch("train", processes=1)
     expected, history = last(alone)["model"], without_clock(last(alone)["history"])
     st.shutil.rmtree(alone.out)
     together = begin(dropout=0, epochs=2, batch_size=25)
-    st.launch("train", together, processes=2)
+    together.launch("train", processes=2)
     for name, tensor in last(together)["model"].items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
     for one, other in zip(without_clock(last(together)["history"]), history, strict=True):
@@ -247,8 +247,11 @@ def test_two_processes_train_what_one_does():
 
 def test_an_epoch_has_every_caption_once_in_batches_of_alike_lengths():
     generator = np.random.default_rng(0)
-    ids = [[st.START, *range(4, 4 + n), st.END] for n in generator.integers(3, 25, 3000)]
-    batches = st.CaptionBatches(range(3000), ids, 64)
+    vocab = st.Vocab([*st.SPECIAL, *"abcdefghijklmnopqrstuvwxyz"])
+    captions = [vocab.words[4 : 4 + n] for n in generator.integers(3, 25, 3000)]
+    rows, references = np.arange(3000), [[words] for words in captions]
+    data = st.CaptionData(vocab, {"train": rows}, {"train": []}, {"train": references})
+    batches = data.batches("train", 64, 50)
     epochs = [batches.epoch(13, number) for number in (0, 0, 1)]
     for epoch in epochs:
         assert sorted(np.concatenate(epoch)) == list(range(3000)) and len(epoch) == len(batches)
@@ -257,7 +260,7 @@ def test_an_epoch_has_every_caption_once_in_batches_of_alike_lengths():
     padded = sum(batches.words(batch).numel() for batch in epochs[0])
     assert padded < 1.05 * batches.lengths.sum()  # at random it is 1.7 times
     for caption in (0, 17):
-        assert batches.words(np.array([caption])).tolist() == [ids[caption]]
+        assert batches.words(np.array([caption])).tolist() == [vocab.encode(captions[caption])]
 
 
 def test_captions_are_cut_to_the_longest_that_is_allowed():
@@ -426,7 +429,9 @@ def run_stage(settings):
     """Do what notebook 03 does."""
     run = begin(**settings)
     trainer = trained(run)
-    st.save_figure(st.loss_curves(pd.DataFrame(trainer.progress.history)), run.out / "curves.png")
+    st.save_figure(
+        training.loss_curves(pd.DataFrame(trainer.progress.history)), run.out / "curves.png"
+    )
     run.finish()
     return run
 
@@ -479,7 +484,7 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     wait_for((run.out / "last.pt").is_file, "no first epoch")
     worker.send_signal(signal.Signals[asking])
     assert worker.wait() == 0
-    stopped, at = st.read_status(run.out)["stopped"], last(run)
+    stopped, at = run.stopped(), last(run)
     assert (stopped["epoch"], stopped["step"]) == (at["epoch"], at["step"])
     assert asking in stopped["reason"] and 1 <= stopped["epoch"] < 6
     assert (run.out / "model/config.json").is_file(), "the best captioner so far"
@@ -487,7 +492,7 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_goes_on_to_the_same_end(a
     training.train(run)
     assert_same(last(run)["model"], expected)
     assert without_clock(last(run)["history"]) == history
-    assert not st.read_status(run.out)["stopped"]
+    assert not run.stopped()
 
 
 def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
@@ -566,7 +571,7 @@ def onednn():
 
 def test_a_run_in_float32_goes_on_in_float16_where_the_hardware_says_so(monkeypatch, onednn):
     training.train(begin(epochs=2, max_hours=1e-6))
-    monkeypatch.setattr(st, "precision_here", lambda *_: (torch.float16, "float16"))
+    monkeypatch.setattr(st, "choose_precision", lambda *_: (torch.float16, "float16"))
     trainer = training.Trainer(begin(epochs=2).job())
     trainer.resume()
     assert trainer.progress.step == 1 and trainer.progress.scaler.get_scale() == 2**16
@@ -642,7 +647,7 @@ def test_a_stop_after_the_last_step_is_none(monkeypatch):
         trainer, "validate", lambda: setattr(trainer, "stop", "asked to stop") or validate()
     )
     trainer.run()
-    assert (run.out / "model").is_dir() and not st.read_status(run.out)["stopped"]
+    assert (run.out / "model").is_dir() and not run.stopped()
 
 
 def test_two_unfinished_runs_on_kaggle_are_one_too_many(monkeypatch, tmp_path):
@@ -685,7 +690,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
 
     def train():
         try:
-            st.launch("train", run, processes=2)
+            run.launch("train", processes=2)
         except RuntimeError as error:
             failures.append(str(error))
 
@@ -712,7 +717,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_goes_on(monkeypat
     done = len(last(run)["history"])
     assert 1 <= done < 40 and not (run.out / "model").exists()
     again = begin(**settings)
-    st.launch("train", again, processes=2)
+    again.launch("train", processes=2)
     epochs = [line["epoch"] for line in last(again)["history"]]
     assert (
         epochs == list(range(1, len(epochs) + 1))
@@ -725,7 +730,7 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {"dropout": 0, "epochs": 2, "batch_size": 25}
     alone = begin(**settings)
-    st.launch("train", alone, processes=1)
+    alone.launch("train", processes=1)
     expected = last(alone)["model"]
     st.shutil.rmtree(alone.out)
     with socket.socket() as probe:
@@ -734,9 +739,9 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     options = f"--nnodes=2 --node-rank=0 --master-addr=127.0.0.1 --master-port={port}"
     run = begin(torchrun=options, **settings)
     capsys.readouterr()
-    thread = threading.Thread(target=st.launch, args=("train", run, 1))
+    thread = threading.Thread(target=run.launch, args=("train", 1))
     thread.start()
-    wait_for(lambda: "job" in st.read_status(run.out), "no job")
+    wait_for(lambda: "job" in st.read_json(run.out / "status.json"), "no job")
     other = tmp_path / "other machine"  # the project as it was copied there
     st.shutil.copytree(".", other)
     printed = wait_for(
@@ -888,4 +893,4 @@ def test_the_card_says_what_each_stage_was_set_to_and_the_terms_of_flickrs_data(
     assert "| 02_vocab | caption_column='', language='en', min_count=2, " in card
     assert "dataset_dir" not in card and "research and education only" not in card
     config["dataset"]["name"] = "flickr8k"
-    assert "research and education only" in st.model_card(config)
+    assert "research and education only" in st.Storyteller.model_card(config)

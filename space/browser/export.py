@@ -351,7 +351,7 @@ def export(model: Path | str, out: Path | str, int8: bool = False, photos: Path 
         "examples": [path.name for path in photo_files(photos)],
     }
     st.write_json(out / "captioner.json", about)
-    st.write_text(out / "README.md", st.model_card(config))
+    st.write_text(out / "README.md", st.Storyteller.model_card(config))
     chosen = check_photos(photos)
     equal = count_equal(storyteller, out, chosen)
     if not int8 and equal < len(chosen):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch, as `st.launch` sets it for its workers
+)  # before torch, as `Run.launch` sets it for its workers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [
     str(ROOT),
@@ -48,6 +48,7 @@ from material import (  # noqa: E402
 )
 
 import storyteller_utils as st  # noqa: E402
+from extraction import read_photos  # noqa: E402
 from support import parameters  # noqa: E402
 
 FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = (
@@ -209,7 +210,7 @@ def extraction(m: Material, s: Sizes):
 
     def ours(count):  # what 01 does between its files
         paths = m.some(count)
-        batches = st.read_photos(paths[i : i + 32] for i in range(0, count, 32))
+        batches = read_photos(paths[i : i + 32] for i in range(0, count, 32))
         return torch.cat([backbone(photos, 1).half().cpu() for photos, _ in batches])[:, 0].float()
 
     def theirs():

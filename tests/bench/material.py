@@ -18,7 +18,7 @@ from support import parameters
 
 VOCABULARY = 7_689
 DEVICE = st.default_device()
-DTYPE, REASON = st.precision_here(DEVICE)
+DTYPE, REASON = st.choose_precision(DEVICE)
 
 
 class Material:
