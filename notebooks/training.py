@@ -1,4 +1,4 @@
-"""Train a captioner: what 03 does, in one process for each GPU."""
+"""Train a captioner in one process for each GPU: what 03_train_dual_t4 uses."""
 
 from __future__ import annotations
 
@@ -20,18 +20,10 @@ from torch import Tensor, nn
 
 import storyteller_utils as st
 
-SAMPLES = 5  # captions that self-critical training draws of a photo
-
-
-SELF_CRITICAL_RATE = 4e-5
-
-
+SAMPLES = 5  # captions of a photo that self-critical training draws
+SELF_CRITICAL_RATE = 4e-5  # its learning rate
 SELF_CRITICAL_EMA_DECAY = 0.98  # its epochs are short
-
-
-CHECKPOINT_SECONDS = 300  # what a killed run loses at most
-
-
+CHECKPOINT_SECONDS = 300  # a killed run loses at most so much
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
 
@@ -45,17 +37,19 @@ def _gather(value) -> list:
 
 
 class Progress:
-    """What last.pt holds: where a run is, and all that its next step depends on.
+    """The contents of last.pt: all that the next step of a run depends on.
 
-    began      which run it is (status.json); key: of which settings and data
-    epoch      epochs done; step: batches done of the next one; updates: steps of the optimizer so
-    far
-    phase      "likelihood" or "self_critical"
-    sums       of this epoch so far; "tokens" and "seconds" are all processes', the others this
-    one's
-    history    a dict an epoch; examples: [epoch, photo, caption] of a few validation photos
-    best       score, epoch and weights of the best epoch
-    ema        the averaged weights, which generate; without averaging, the model itself
+    began     when the run began (status.json): tells runs apart
+    key       hash of its settings and data
+    epoch     number of finished epochs
+    step      finished batches of the next epoch
+    updates   optimizer steps so far
+    phase     "likelihood" or "self_critical"
+    sums      of this epoch so far: "tokens" and "seconds" of all processes, the rest of this one
+    history   a dict for each epoch
+    examples  [epoch, photo, caption] of a few validation photos
+    best      score, epoch and weights of the best epoch
+    ema       the captioner with averaged weights, which generates; without averaging, the model
     """
 
     PARTS = ("model", "ema", "optimizer", "scaler")
@@ -79,7 +73,7 @@ class Progress:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Set to zero what is counted anew in each epoch."""
+        """Reset the counters of an epoch."""
         self.step = 0
         names = ("likelihood", "reward", "captions", "tokens", "seconds")
         self.sums = dict.fromkeys(names, 0.0)  # likelihood becomes a tensor: () float64
@@ -91,14 +85,14 @@ class Progress:
         return {name: sum(one[name] for one in every) for name in self.sums} | own
 
     def save(self, path: Path, totals: dict[str, float]) -> None:
-        """Write tensors, numbers and names only: reading it runs nothing."""
+        """Write tensors, numbers and strings only, so that reading it runs no code."""
         state = vars(self) | {"sums": totals}
         state |= {name: getattr(self, name).state_dict() for name in self.PARTS}
         with st.replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
 
     def load(self, state: dict, rank: int) -> None:
-        """Go on from what `save` wrote, as this run."""
+        """Restore what `save` wrote; `began` and `key` stay those of this run."""
         for name, value in state.items():
             if name not in self.PARTS:
                 setattr(self, name, getattr(self, name) if name in ("began", "key") else value)
@@ -111,10 +105,12 @@ class Progress:
 
 
 class Examples(NamedTuple):
-    """What a process learns from in one step.
+    """A process's share of a training step.
 
-    features (B, R, D), words (B, T), weights (B,) of the captions in the loss or None; tokens of
-    all processes
+    features  (B, R, D)
+    words     (B, T)  ids from <start> to <end>, padded
+    weights   (B,)    of the captions in the loss; None: 1
+    tokens            predicted in this step by all processes
     """
 
     features: Tensor
@@ -124,7 +120,7 @@ class Examples(NamedTuple):
 
 
 class Likelihood:
-    """The objective of the first phase: the likelihood of the captions that people wrote."""
+    """The objective of the first phase: the likelihood of people's captions."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -136,7 +132,7 @@ class Likelihood:
         return self.captions.epoch(self.trainer.settings.seed, epoch)
 
     def learning_rate(self, updates: int) -> float:
-        """Return the rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
+        """Return a step's learning rate: linear warm-up, then a cosine down to a hundredth."""
         recipe = self.trainer.recipe
         total = len(self.captions) * recipe["epochs"]
         warm = max(1, int(total * recipe["warmup"]))  # Adam's first steps know no variance yet
@@ -146,14 +142,16 @@ class Likelihood:
         return recipe["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + cosine))
 
     def ema_decay(self, updates: int) -> float:
-        """Return how much of the averaged weights a step keeps."""
+        """Return the share of the averaged weights that a step keeps."""
         # Young averages forget faster, or the random beginning would stay in them for an epoch.
         return min(self.trainer.recipe["ema_decay"], (1 + updates) / (10 + updates))
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
-        """Return this process's captions `mine` of a batch.
+        """Return this process's examples of a step.
 
-        It counts for nothing where its share is 0.
+        batch  indices of the captions of all processes
+        mine   (B,)  those of this process
+        share  1, or 0 where `mine` only keeps the process in step with the others
         """
         trainer = self.trainer
         words = self.captions.words(mine)  # (B, T)
@@ -165,11 +163,10 @@ class Likelihood:
 
 
 class SelfCritical:
-    """The objective of the second phase: the CIDEr-D of the captioner's own samples (Rennie et al.,
-    2017).
+    """The objective of the second phase: the CIDEr-D of the captioner's own samples.
 
-    The mean reward of a photo's other samples is the baseline. An <end> counts as a word of the
-    reward, or captions would learn to stop at "in front of a".
+    Rennie et al., 2017, with the mean reward of a photo's other samples as the baseline. <end>
+    counts as a word in the reward, or captions would learn to stop at "in front of a".
     """
 
     label_smoothing = 0.0
@@ -185,11 +182,8 @@ class SelfCritical:
         return st.CiderD([[words + end for words in group] for group in self.references])
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return an epoch's batches of photos.
-
-        A third of them, as many samples a batch as two of the others.
-        """
-        # A whole epoch is too long between two looks at validation: it over-fits soon.
+        """Return an epoch's batches: a third of all photos, with twice the usual captions each."""
+        # It over-fits soon: validation has to come more often than after all photos.
         order = np.random.default_rng((self.trainer.settings.seed, epoch))
         order = order.permutation(len(self.references))[: math.ceil(len(self.references) / 3)]
         size = 2 * self.trainer.recipe["batch_size"]
@@ -200,11 +194,11 @@ class SelfCritical:
         return SELF_CRITICAL_RATE
 
     def ema_decay(self, updates: int) -> float:
-        """Return how much of the averaged weights a step keeps: less, as its epochs are short."""
+        """Return the share of the averaged weights that every step keeps."""
         return SELF_CRITICAL_EMA_DECAY
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
-        """Draw S captions of each photo of `mine`; their advantages sum to 0 for a photo."""
+        """Draw S captions of each photo of `mine`; a photo's advantages sum to 0."""
         trainer = self.trainer
         groups = [self.references[photo] for photo in mine]
         sides = [any({"left", "right"} & set(words) for words in group) for group in groups]
@@ -230,7 +224,7 @@ class SelfCritical:
     def _sample(self, features: Tensor) -> list[list[int]]:
         """Draw S captions of each photo (B, R, D).
 
-        Return their ids, those of a photo next to each other.
+        Returns the ids of B*S captions, those of a photo next to each other.
         """
         trainer = self.trainer
         # An empty caption may be drawn too: it earns nothing, and the captioner learns so.
@@ -245,11 +239,10 @@ class SelfCritical:
 
 
 class Trainer:
-    """Trains a captioner as one of one or more equal processes; rank 0 alone writes.
+    """Train a captioner, as one of any number of equal processes; only rank 0 writes files.
 
-    A step is a pure function of weights, seed and its number (dropout's generator is seeded by it),
-    so that a run
-    resumed from `last.pt` repeats what an undisturbed one does, bit for bit on a CPU.
+    A step is a pure function of weights, seed and its number, which seeds dropout: a run resumed
+    from last.pt repeats what an undisturbed one does, bit for bit on a CPU.
     """
 
     def __init__(self, job: dict):
@@ -299,7 +292,7 @@ class Trainer:
         self.batches = {s: self.data.batches(s, size, longest) for s in ("train", "val")}
 
     def _choose_val_photos(self) -> None:
-        """Keep at most `val_photos` validation photos; see if CIDEr-D can rank epochs by them."""
+        """Keep at most `val_photos` validation photos, and check that CIDEr-D can rank epochs."""
         data, wanted = self.data, self.settings.val_photos
         have = len(data.of("val")[0])
         if 0 < wanted < have:
@@ -321,7 +314,7 @@ class Trainer:
             )
 
     def _build(self, job: dict) -> None:
-        """Build the captioner and what trains it."""
+        """Build the captioner, its optimizer and its distributed wrapper."""
         torch.manual_seed(self.settings.seed)
         self._say("measuring the features' mean and deviation")
         moments = self.features.moments(self.data.rows["train"])  # (D,) each
@@ -354,15 +347,15 @@ class Trainer:
             )
 
     def autocast(self):
-        """Compute in half precision where this run does."""
+        """Return a context that computes in this run's precision."""
         half = self.precision != torch.float32
         return torch.autocast(self.device.type, self.precision, enabled=half)
 
     def photos(self, rows: np.ndarray, sided: Tensor) -> Tensor:
-        """Return features of training photos (B, R, D), half of them mirrored if there are mirrored
-        views.
+        """Return features of training photos (B, R, D), half of them of the mirrored photo.
 
-        sided  (B,)  whether captions name a side, which a mirrored photo would make wrong
+        rows   (B,)  of the features
+        sided  (B,)  whether the captions name a side: then the photo is not mirrored
         """
         features = self.features[rows]
         if self.flipped:
@@ -374,16 +367,16 @@ class Trainer:
 
     @property
     def objective(self) -> Likelihood | SelfCritical:
-        """What this phase maximises."""
+        """The objective of the present phase."""
         return self.objectives[self.progress.phase]
 
     def train_step(self, batch: np.ndarray, number: int) -> None:
-        """Learn from a batch: the gradient is that of the mean over all its tokens, in all
-        processes.
+        """Update the weights by the gradient of the mean loss over a batch's tokens.
 
-        It is computed in `accumulate` slices, which changes the memory it takes and not the result.
-        The step's
-        number seeds dropout.
+        batch   the captions or photos of all processes
+        number  of the step: seeds dropout
+
+        The gradient is summed over `accumulate` slices, which saves memory and changes no result.
         """
         sums, objective = self.progress.sums, self.objective
         mine, share = batch[self.rank :: self.world], 1.0
@@ -411,7 +404,7 @@ class Trainer:
         self._update()
 
     def _update(self) -> None:
-        """Take a step of the optimizer, and let the averaged weights follow it."""
+        """Take an optimizer step, and update the averaged weights."""
         progress, scaler = self.progress, self.progress.scaler
         progress.optimizer.param_groups[0]["lr"] = self.objective.learning_rate(progress.updates)
         scaler.unscale_(progress.optimizer)  # or the norm below would be that of scaled gradients
@@ -433,9 +426,10 @@ class Trainer:
     # One epoch
 
     def train_epoch(self) -> bool:
-        """Go through the rest of the present epoch, with a checkpoint every few minutes.
+        """Train the rest of the present epoch, with a checkpoint every few minutes.
 
-        False if it stopped.
+        Returns False if it stopped before the end of the epoch. Raises ArtifactError when the loss
+        is not finite.
         """
         at = self.progress
         self.model.train()  # dropout on
@@ -468,7 +462,7 @@ class Trainer:
         return True
 
     def _pause(self) -> bool:
-        """Save if that is due, and return whether to stop.
+        """Save a checkpoint if one is due, and return whether to stop.
 
         All processes decide the same, after the same step.
         """
@@ -486,7 +480,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, list[list[str]]]:
-        """Return the validation captions' loss a token, and the captions that beam search finds."""
+        """Return the validation loss per token, and the words of beam search's captions."""
         captions, model = self.batches["val"], self.progress.ema.eval()  # dropout off
         likelihood = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = captions.epoch(0, 0, shuffle=False)[self.rank :: self.world]
@@ -507,7 +501,7 @@ class Trainer:
         return total / tokens, [self.data.vocab.decode(ids) for ids in generated]
 
     def finish_epoch(self) -> None:
-        """Validate, add a line to the history, keep the weights if they are the best so far."""
+        """Validate, extend the history, and keep the weights if they are the best so far."""
         at = self.progress
         loss, captions = self.validate()
         cider = float(self.cider.score(captions).mean())
@@ -545,10 +539,9 @@ class Trainer:
     # All epochs
 
     def run(self) -> None:
-        """Train all epochs, from last.pt where there is one, and write the best captioner into
-        model/.
+        """Train all epochs, from a checkpoint if there is one, and write the best captioner.
 
-        What stops before (`stop`, or `max_hours`) says so in status.json.
+        A run that stops early (`stop`, `max_hours`) says so in status.json.
         """
         self.resume()
         if self.world > 1:
@@ -570,12 +563,10 @@ class Trainer:
             torch.distributed.barrier()
 
     def wanted(self) -> bool:
-        """Return whether another epoch is wanted, in this phase or in the self-critical one after
-        it.
+        """Return whether to train another epoch; begin the self-critical phase when it is due.
 
-        A phase ends with its epochs, or when the last few were all worse than the best; the
-        self-critical one also
-        when the captions lose their variety.
+        A phase ends with its epochs, or when the last `patience` were all worse than the best, the
+        self-critical one also when the captions lose their variety.
         """
         at, patience = self.progress, self.recipe["patience"]
         tired = bool(at.history) and at.epoch - at.best["epoch"] >= patience
@@ -593,14 +584,14 @@ class Trainer:
         return len(entropies) < self.recipe["self_critical"] and not tired and not collapsed
 
     def begin_self_critical(self) -> None:
-        """Go back to the best weights, from where the captioner learns from its own captions."""
+        """Begin the self-critical phase, from the best weights."""
         for model in (self.captioner, self.progress.ema):
             model.load_state_dict(self.progress.best["weights"])
         self.progress.optimizer.state.clear()  # moments of the other objective's gradients
         self.progress.phase = "self_critical"
 
     def write(self) -> None:
-        """Write history.csv, examples.csv and model/, the best captioner so far."""
+        """Write history.csv, examples.csv, and the best captioner so far into model/."""
         at = self.progress
         rows = [list(line.values()) for line in at.history]
         st.write_csv(self.out / "history.csv", list(at.history[0]), rows)
@@ -612,12 +603,12 @@ class Trainer:
         storyteller.save_pretrained(self.out / "model")
 
     def config(self) -> dict:
-        """Describe the captioner: all that it takes to build it, and what it was trained on."""
+        """Return the captioner's config.json: how to build it, and what it was trained on."""
         extracted = st.read_json(self.extracted / "manifest.json")
         prepared = st.read_json(self.prepared / "manifest.json")
         best, recipe = self.progress.history[self.progress.best["epoch"] - 1], dict(self.recipe)
         stages = [extracted["settings"], prepared["settings"], dataclasses.asdict(self.settings)]
-        # Where files lie on this machine is nobody else's business.
+        # Paths on this machine are private, and of no use to others.
         stages = [{k: v for k, v in s.items() if k not in st.LOCATIONS} for s in stages]
         facts, chosen = extracted["facts"], extracted["settings"]
         mean, deviation = self.captioner.mean.tolist(), self.captioner.deviation.tolist()
@@ -652,11 +643,10 @@ class Trainer:
             self.progress.save(self.out / "last.pt", totals)
 
     def checkpoints(self) -> list[tuple[Path, bool]]:
-        """List what to go on from, the first that fits, and whether it was asked for and may be of
-        another run.
+        """List the checkpoints to try, in order, each with whether it may be of another run.
 
-        This folder's last.pt, then `resume_from`; else, on Kaggle, that of an attached run that
-        stopped.
+        This folder's last.pt, then `resume_from`, which alone may be of another run; without
+        either, on Kaggle, that of an attached run that stopped.
         """
         asked, own = self.settings.resume_from, self.out / "last.pt"
         found = [(own, False)] if own.is_file() else []
@@ -673,7 +663,7 @@ class Trainer:
         return [(f / "last.pt", False) for f in folders if (f / "last.pt").is_file()]
 
     def _asked_checkpoint(self, path: Path) -> Path:
-        """Return the file that resume_from means: a last.pt, or a folder with one."""
+        """Return the file that `resume_from` names: itself, or the last.pt in that folder."""
         if path.is_file():
             return path
         found = [*path.glob("last.pt")] or sorted(path.rglob("last.pt"))
@@ -684,7 +674,7 @@ class Trainer:
         return found[0]
 
     def resume(self) -> None:
-        """Go on from the first of `checkpoints()` that fits; every process from the same place."""
+        """Load the first of `checkpoints()` that fits; ArtifactError if the processes' differ."""
         for path, asked in self.checkpoints():
             if self.load(path, asked):
                 break
@@ -697,16 +687,12 @@ class Trainer:
             )
 
     def load(self, path: Path, asked: bool) -> bool:
-        """Read a checkpoint.
-
-        That of another run only if it was asked for. Returns whether it was read.
-        """
+        """Load a checkpoint, that of another run only if `asked`. Returns whether it was loaded."""
         at = self.progress
         self._say(f"reading {path}")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            # The run that this folder's last.pt is of may have been finished since: then this is a
-            # new one.
+            # If the run that wrote last.pt has been finished since, this is a new run.
             finished = path == self.out / "last.pt" and state["began"] != at.began
             if not asked and (finished or state["key"] != at.key):
                 if not finished:
@@ -723,7 +709,7 @@ class Trainer:
 
 
 def train_worker(job: dict) -> None:
-    """Train a run's captioner, as one of one or more processes; what 03_train_dual_t4 launches."""
+    """Train a run's captioner as one of its processes; started by `Run.launch`."""
     import signal
 
     try:
@@ -800,7 +786,7 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
 
 
 def loss_curves(history):
-    """Draw both losses and CIDEr-D over the epochs. `history` is 03's table. Returns a Figure."""
+    """Draw losses and CIDEr-D over the epochs of `train`'s history. Returns a matplotlib Figure."""
     figure, (left, right) = st.new_figure(9, 3, 1, 2)
     left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
     left.plot(history["epoch"], history["val_loss"], label="validation")

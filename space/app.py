@@ -1,4 +1,4 @@
-"""The web page of Neural Storyteller: a photo in, its caption out. storyteller_utils.py does it."""
+"""The web page of Neural Storyteller: a photo in, its caption out."""
 
 import os
 import random
@@ -64,7 +64,7 @@ def caption_many(photos, options):
 
 
 def how_sure(confidence: float | None) -> str:
-    """Say a confidence in words, as a bar and as a number; nothing where there is none."""
+    """Return a confidence in words, as a bar and as a number; "" for None."""
     if confidence is None:
         return ""
     words = "A guess" if confidence < 0.3 else "Probably" if confidence < 0.8 else "Sure"

@@ -1,4 +1,4 @@
-"""Show which part of a photo each word of its caption was read from: as a picture, and as HTML."""
+"""Show the attention weights of each word of a caption on its photo: as a picture, and as HTML."""
 
 import base64
 import html
@@ -34,7 +34,7 @@ def attention_veil(weights: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def seen_photo(image, preprocessing: str, side: int) -> Image.Image:
-    """Return what a captioner sees of a photo, in its proportions, at most `side` pixels long."""
+    """Return the part of a photo that a captioner reads, at most `side` pixels long."""
     photo = st.open_photo(image)
     if preprocessing != "squash":  # squashing keeps all of the photo
         photo = st.preprocess(photo, preprocessing)

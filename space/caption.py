@@ -166,7 +166,7 @@ def _shard(path: Path, name: str) -> Iterator[Photo]:
 
 
 def ahead(function, items: Iterable, threads: int, depth: int) -> Iterator:
-    """Yield function(item) for each item, in order; threads work up to `depth` items ahead."""
+    """Yield function(item) for each item, in order; threads are up to `depth` items ahead."""
     waiting: deque = deque()
     pool = ThreadPoolExecutor(threads)
     try:
@@ -181,7 +181,7 @@ def ahead(function, items: Iterable, threads: int, depth: int) -> Iterator:
 
 
 def load(photo: Photo, storyteller) -> torch.Tensor | str:
-    """Decode a photo for the backbone (3, S, S), or say what is wrong with it."""
+    """Decode a photo for the backbone, (3, S, S), or return what is wrong with it."""
     if photo.error:
         return photo.error
     try:
@@ -222,7 +222,7 @@ def make_row(name: str, caption, captions: int = 1) -> dict:
 def caption_loaded(
     storyteller, photos: list[Photo], loaded: list, options: dict, captions: int = 1
 ) -> list[dict]:
-    """Return the rows of photos, given what `load` made of each: a photo, or what is wrong."""
+    """Return the rows of photos, given what `load` returned for each."""
     good = [item for item in loaded if not isinstance(item, str)]
     made = iter(caption_batch(storyteller, good, options))
     results = [item if isinstance(item, str) else next(made) for item in loaded]
@@ -298,7 +298,7 @@ class JsonLines:
         return json.loads(record)
 
     def records(self) -> Iterator[bytes]:
-        """Yield the whole records; what a killed run left half written is none."""
+        """Yield the complete records, without one that a killed run left half written."""
         with open(self.path, "rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
@@ -384,7 +384,7 @@ class Csv(JsonLines):
 
 
 class Parquet(JsonLines):
-    """Rows as Parquet, to which nothing can be appended: JSON lines until all of them are there."""
+    """Rows as Parquet, which cannot be appended to: they are JSON lines until `finish`."""
 
     suffix = ".parquet"
 
@@ -493,14 +493,14 @@ class Lines(JsonLines):
 
 
 def fingerprint(storyteller) -> str:
-    """Return what tells captioners apart: weights, words, backbone and preprocessing."""
+    """Return a hash of what defines a captioner: weights, words, backbone and preprocessing."""
     names = ("vocabulary_sha256", "backbone_sha256", "preprocessing", "photo_size", "regions")
     facts = {name: storyteller.config.get(name) for name in names}
     return st.sha256(facts | {"weights": st.sha256(storyteller.folder / "model.safetensors")})
 
 
 def claim(path: Path, meta: dict, overwrite: bool):
-    """Take an output for this process, and check who wrote what is there.
+    """Lock an output for this process, and check which captioner wrote it.
 
     Returns the open OUT.meta.json, whose lock lasts as long as it is open.
 

@@ -1,4 +1,4 @@
-"""XMP sidecars: captions as descriptions and alt texts for photo managers, in photo.jpg.xmp."""
+"""Write captions into XMP sidecars, as descriptions and alt texts for photo managers."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -45,14 +45,14 @@ BROWSER_FILES = (
 )
 BROWSER_MODEL_FILES = ("encoder.onnx", "step.onnx", "captioner.json", "README.md")
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# By which a Space on the Hub is known to be one of ours, whichever its kind.
+# Files by which a Space on the Hub is recognised as one of this project, of either kind.
 OURS = {"storyteller_utils.py", "captioner.js"}
-# Of the captioner before, and of a Space of the other kind.
+# Deleted on the Hub unless pushed again: files of an earlier captioner, or of the other kind.
 REPLACED = [
     *("model/*", "examples/*", "runtime/*", "storyteller_utils.py"),
     *(name for name in (*APP_FILES, *BROWSER_FILES) if "/" not in name),
 ]
-PYTHON_LEFTOVERS = {"__pycache__", ".gradio"}  # of an app that was run in its folder
+PYTHON_LEFTOVERS = {"__pycache__", ".gradio"}  # written by an app that ran in its folder
 NOT_PUSHED_YET = {".gitattributes", "README.md"}  # all that a fresh Space holds
 START_SECONDS = 1200  # installing torch takes the Hub some minutes
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -236,7 +236,7 @@ def zip_space(folder: Path) -> Path:
 
 
 def check_space(folder: Path | str, timeout: float = 180) -> list[str]:
-    """Start a Space in a fresh process without network; caption two examples through its API.
+    """Start a Space in a new process without network, and caption two examples by its API.
 
     timeout  seconds it may take to start: the first import of torch is slow
 
@@ -327,9 +327,9 @@ def _caption_examples(folder: Path, client) -> list[str]:
 
 
 def find_token() -> str:
-    """Return a Hugging Face token: Kaggle's secret HF_TOKEN, else the login's, else a person's.
+    """Return a Hugging Face token: Kaggle's secret HF_TOKEN, else the login's, else a typed one.
 
-    Raises ArtifactError, saying how to get one, where there is none and nobody to ask.
+    Raises ArtifactError, saying how to get one, if there is none and no terminal to ask at.
     """
     from huggingface_hub import get_token
 
@@ -358,7 +358,7 @@ def push_space(
     private: bool = True,
     wait: bool = False,
 ) -> dict:
-    """Create or update a Space on the Hub, in one commit: all of it is online or nothing.
+    """Create or update a Space on the Hub, in a single commit.
 
     folder   made by build_space or build_static_space
     repo_id  owner/name
@@ -448,7 +448,7 @@ def push_kind(
 
 
 def _create_space(api, repo_id: str, private: bool, static: bool) -> str | None:
-    """Make sure that the Space exists and is ours.
+    """Create the Space unless it exists; ArtifactError if it is another project's.
 
     Returns its hardware, None if the account may have none.
     """
@@ -550,7 +550,7 @@ def _scored_card(folder: Path) -> str:
 
 
 def _ask_hub(call: Callable, repo_id: str, token: str, attempts: int = 4):
-    """Call the Hub, again after dropped connections; what it refuses becomes an ArtifactError."""
+    """Call the Hub, again after dropped connections; ArtifactError for what it refuses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for attempt in range(1, attempts + 1):
@@ -571,7 +571,7 @@ def _ask_hub(call: Callable, repo_id: str, token: str, attempts: int = 4):
 
 
 def _refusal(error, repo_id: str, token: str) -> str:
-    """Return what the Hub said, without the token; ArtifactError where asking again is no use."""
+    """Return the Hub's reason, without the token; ArtifactError if trying again is of no use."""
     status = error.response.status_code
     said = (error.server_message or str(error)).replace(token, "***")
     reason = f"the Hub answered {status}: {said[:300].rstrip('.')}."
@@ -583,7 +583,7 @@ def _refusal(error, repo_id: str, token: str) -> str:
 
 
 def _is_dropped_connection(error: Exception) -> bool:
-    """Whether this is an error of the network, by whichever HTTP library the client uses."""
+    """Return whether this is a network error of any HTTP library that the client may use."""
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or bool(libraries & HTTP_LIBRARIES)
 

@@ -33,7 +33,7 @@ EXAMPLES = HERE.parent / "examples"
 
 
 class Encoder(nn.Module):
-    """Pixels (1, 3, side, side), uint8, to what is not empty of the state before the first word."""
+    """Map pixels (1, 3, side, side), uint8, to the non-empty tensors of the first state."""
 
     def __init__(self, backbone: nn.Module, storyteller: st.Storyteller, side: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
 
 class Step(nn.Module):
-    """One word for each caption (K,) and the state, flat, to the logits and the state after it."""
+    """Map a word of each caption (K,) and the state, flat, to the logits and the next state."""
 
     def __init__(self, captioner: nn.Module, state: st.State):
         super().__init__()
@@ -373,13 +373,13 @@ def refuse(config: dict) -> None:
 
 
 def fresh_backbone(model: Path, config: dict) -> nn.Module:
-    """Load a captioner's backbone in float32, in whatever the captioner's own computes."""
+    """Load a captioner's backbone in float32, whatever precision the captioner computes in."""
     own = model / "backbone.safetensors"
     return st.load_backbone(config["backbone"], str(own) if own.is_file() else "")
 
 
 def describe(storyteller: st.Storyteller, names: dict, out: Path) -> dict:
-    """Collect what the page needs besides the graphs in `out`."""
+    """Collect the page's data besides the graphs in `out`."""
     config = storyteller.config
     graphs = {name: out / f"{name}.onnx" for name in ("encoder", "step")}
     facts = ("decoder", "backbone", "vocabulary", "scores", "scored_on")
@@ -401,7 +401,7 @@ def describe(storyteller: st.Storyteller, names: dict, out: Path) -> dict:
 
 
 def sentence_rules(vocab: st.Vocab) -> dict:
-    """Collect what `Vocab.sentence` goes by, for its copy in captioner.js."""
+    """Collect the rules of `Vocab.sentence`, for its copy in captioner.js."""
     return {
         "forms": vocab.forms,
         "joined": st.JOINED.pattern,
