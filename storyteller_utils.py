@@ -1634,7 +1634,7 @@ class Backbone(nn.Module):
         self.name, self.width = name, width
         self.metadata = {"backbone": name, **(metadata or {})}
         self.weights = _rounded(name, network, tensors)
-        self.sha256 = self._digest()
+        self.sha256 = self._digest()  # of the rounded weights, as `save` writes them
         floats = {key: tensor.float() for key, tensor in self.weights.items()}
         network.load_state_dict(floats, strict=False, assign=True)
         self.network = network.eval().requires_grad_(False)
@@ -1668,11 +1668,14 @@ class Backbone(nn.Module):
         regions  R: 1, the mean over the grid, or 49, the grid of 7 x 7
         """
         device = self.mean.device
+        # Photos do not influence each other: in slices they give the same features.
         if device.type == "cpu" and len(photos) > CPU_SLICE:
             return torch.cat([self(part, regions) for part in photos.split(CPU_SLICE)])
         levels = (photos.to(device).float() - self.mean) / self.deviation  # (B, 3, side, side)
+        # Normalised in float32: in half precision the differences would lose digits.
         seen = self.network(levels.to(self.dtype, memory_format=torch.channels_last))
         grid = self._grid(seen.float())  # (B, D, height, width)
+        # Larger photos, and networks with another stride, have another grid than 7 x 7.
         if regions > 1 and grid[0, 0].numel() != regions:
             grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
         grid = grid.flatten(2).transpose(1, 2)  # (B, R, D)
@@ -1681,7 +1684,7 @@ class Backbone(nn.Module):
     def _grid(self, seen: Tensor) -> Tensor:
         """Bring what the network returns to (B, D, height, width)."""
         if seen.ndim == 3:  # tokens (B, N, D), the regions last
-            side = math.isqrt(seen.shape[1])
+            side = math.isqrt(seen.shape[1])  # without the class token and registers
             return seen[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
         if seen.shape[1] != self.width:  # channels last, as Swin's
             return seen.permute(0, 3, 1, 2)
@@ -2439,6 +2442,7 @@ class _Constraints:
         self.start, self.never, must = (
             self._ids(text, vocab) for text in (decoding.start, decoding.never, decoding.must)
         )
+        # What every caption begins with is never missing.
         must = sorted(set(must) - set(self.start))
         self.must = torch.tensor(must, dtype=torch.long, device=device)  # (M,)
         if both := set(self.never) & {*self.start, *must}:
@@ -2463,16 +2467,17 @@ class _Constraints:
 
     def forbid(self, logits: Tensor, ids: Tensor) -> None:
         """Rule out what may not follow captions ids (..., T); changes logits (..., V)."""
-        position = ids.shape[-1]
+        position = ids.shape[-1]  # T words come before the next one
         logits[..., [PAD, START, UNK, *self.never]] = -torch.inf
         if position < len(self.start):
+            # Its logit stays: in a beam, the words of `start` count like any others.
             kept = logits[..., self.start[position], None].clone()
             logits.fill_(-torch.inf)[..., self.start[position], None] = kept
         elif self.max_chars:
             # The full stop takes one, and another one where it may not touch the last word.
             left = self.max_chars - 2 - self.lengths[ids].sum(-1, keepdim=True)  # (..., 1)
             too_long = self.lengths > left  # (..., V)
-            too_long[..., END] = False
+            too_long[..., END] = False  # ending takes no character more
             logits.masked_fill_(too_long, -torch.inf)
 
 
@@ -2498,25 +2503,26 @@ class _Beams:
         ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
         ids = torch.full_like(ended_ids[:, :1], PAD)  # (P, 1, L + 1)
         ids[..., 0] = START
-        photos = torch.arange(len(features), device=features.device)
+        photos = torch.arange(len(features), device=features.device)  # (P,)
         scores = torch.zeros_like(ended_scores[:, :1])  # (P, 1)
         return cls(photos, ids, scores, ended_ids, ended_scores, state)
 
     def end(self, scores: Tensor, length: int) -> None:
         """Add captions that end here, with normalised scores (P, K), to their photo's best."""
-        ids = self.ids.clone()
+        ids = self.ids.clone()  # (P, K, L + 1)
         ids[..., length] = END
         scores = torch.cat([self.ended_scores, scores], 1)  # (P, width + K)
-        self.ended_scores, kept = scores.topk(self.ended_ids.shape[1])
+        self.ended_scores, kept = scores.topk(self.ended_ids.shape[1])  # (P, width) each
         self.ended_ids = _rows(torch.cat([self.ended_ids, ids], 1), kept)
 
     def reorder(self, scores: Tensor, parent: Tensor, words: Tensor, length: int) -> None:
         """Continue captions (P, K'): each is its photo's caption `parent` and one more word."""
+        # The state has P * K rows, so a photo's captions begin at K times its place.
         first = torch.arange(len(parent), device=parent.device)[:, None] * self.ids.shape[1]
         rows = (first + parent).flatten()  # (P * K',)
         caption = {name: tensor[rows] for name, tensor in self.state.caption.items()}
         self.state = self.state._replace(caption=caption)
-        self.ids = _rows(self.ids, parent)
+        self.ids = _rows(self.ids, parent)  # (P, K', L + 1)
         self.ids[..., length] = words
         self.scores = scores
 
@@ -2533,8 +2539,8 @@ class _Beams:
     def best(self, photo: int, normal: float) -> list[Hypothesis]:
         """Return the ended captions of photo number `photo`; if none ended, its unfinished ones."""
         ids, scores = self.ended_ids[photo], self.ended_scores[photo]
-        if scores[0] == -torch.inf:
-            ids, scores = self.ids[photo], self.scores[photo] / normal
+        if scores[0] == -torch.inf:  # none has ended
+            ids, scores = self.ids[photo], self.scores[photo] / normal  # (K, L + 1), (K,)
         pairs = zip(ids.tolist(), scores.tolist(), strict=True)
         found = [_hypothesis(ids, score) for ids, score in pairs if score > -math.inf]
         return found[: self.ended_ids.shape[1]]
@@ -2564,11 +2570,12 @@ def beam_search(
     beams = _Beams.begin(captioner.start(features), features, width, decoding.max_length)
     found: list = [None] * len(features)
     for length in range(1, decoding.max_length + 1):
-        ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]
+        ids, last = beams.ids[..., 1:length], beams.ids[..., length - 1]  # (P, K, T), (P, K)
         logits, beams.state = captioner.step(last.flatten(), beams.state)
         logits = logits.float().view(*last.shape, -1)  # (P, K, V)
         if decoding.no_repeat and length > max(1, len(constraints.start)):
             _forbid_repeats(logits, ids, decoding.no_repeat)
+        # After repeats are ruled out, before the constraints: these change no caption's score.
         normaliser = logits.logsumexp(-1)  # (P, K)
         constraints.forbid(logits, ids)
         missing = (ids[..., None] != constraints.must).all(-2)  # (P, K, M)
@@ -2581,13 +2588,15 @@ def beam_search(
         may_end = (count == 0) & (length > decoding.min_length)  # (P, K)
         may_end |= stuck & (count == count.amin(1, keepdim=True))
         ending = ending.where(may_end, -torch.inf)
+        # A caption ends only if it is among the best, as those that continue are.
         kept = scores.shape[1] // (len(constraints.must) + 1)
-        worst_kept = torch.cat([scores[:, :kept], ending], 1).topk(kept).values[:, -1:]
+        worst_kept = torch.cat([scores[:, :kept], ending], 1).topk(kept).values[:, -1:]  # (P, 1)
         ending = ending.where(ending >= worst_kept, -torch.inf)
 
         normal = length**decoding.length_preference
         beams.end(ending / normal, length)
         beams.reorder(scores, parent, words, length)
+        # As usual in beam search, without waiting for longer captions that normalisation may lift.
         done = beams.ended_scores[:, -1] >= scores.amax(1) / normal  # (P,)
         if length == decoding.max_length:
             done[:] = True
@@ -2595,7 +2604,7 @@ def beam_search(
             found[beams.photos[photo]] = beams.best(photo, normal)
         if done.all():
             break
-        if done.any():
+        if done.any():  # finished photos take no further steps
             beams.keep(~done)
     return found
 
@@ -2626,10 +2635,10 @@ def _extend(
     scores, places = [], []
     for count in range(len(must) + 1):
         such = best.masked_fill(left != count, -torch.inf).flatten(1)
-        values, indices = such.topk(min(width, such.shape[1]))
+        values, indices = such.topk(min(width, such.shape[1]))  # (P, width) each
         scores.append(values)
         places.append(indices)
-    place = torch.cat(places, 1)
+    place = torch.cat(places, 1)  # (P, (M + 1) * width), among K * (W + M)
     parent = place // best.shape[-1]
     return ending, torch.cat(scores, 1), parent, words.flatten(1).gather(1, place)
 
@@ -2645,7 +2654,8 @@ def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
         return
     grams = ids.unfold(-1, n, 1)  # (P, K, T - n + 1, n)
     last = ids[..., None, ids.shape[-1] - n + 1 :]  # (P, K, 1, n - 1)
-    again = (grams[..., :-1] == last).all(-1)
+    # Where n - 1 words were the same before, the word that came then is ruled out now.
+    again = (grams[..., :-1] == last).all(-1)  # (P, K, T - n + 1)
     logits.scatter_(-1, grams[..., -1].where(again, PAD), -torch.inf)
 
 
@@ -2673,22 +2683,24 @@ def sample_captions(
     generator = torch.Generator(features.device).manual_seed(decoding.seed)
     state = captioner.start(features)
     count = decoding.captions
+    # The photos' part of the state stays at P rows: a photo's samples share it.
     caption = {name: t.repeat_interleave(count, 0) for name, t in state.caption.items()}
     state = state._replace(caption=caption)
     ids = torch.full((len(features) * count, decoding.max_length + 1), PAD, device=features.device)
     ids[:, 0] = START  # (P * N, L + 1)
     total = torch.zeros(len(ids), device=ids.device)  # (P * N,)
-    going = torch.ones_like(total, dtype=torch.bool)
+    going = torch.ones_like(total, dtype=torch.bool)  # (P * N,) not ended yet
     for length in range(1, decoding.max_length + 1):
         logits, state = captioner.step(ids[:, length - 1], state)
         logits = logits.float()  # (P * N, V)
         constraints.forbid(logits, ids[:, 1:length])
         if length <= decoding.min_length:
-            others = (logits[:, END + 1 :] > -torch.inf).any(1)
+            others = (logits[:, END + 1 :] > -torch.inf).any(1)  # (P * N,) can go on
             logits[others, END] = -torch.inf
         probs = _nucleus((logits / decoding.temperature).softmax(-1), decoding.top_p)
-        words = torch.multinomial(probs, 1, generator=generator)[:, 0]
-        log_probs = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
+        words = torch.multinomial(probs, 1, generator=generator)[:, 0]  # (P * N,)
+        # Scores are without temperature and top_p, and so comparable between settings.
+        log_probs = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]  # (P * N,)
         total += log_probs.where(going, 0.0)
         ids[:, length] = words.where(going, PAD)
         going &= words != END
@@ -2708,7 +2720,7 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """
     if top_p == 1:
         return probs
-    ordered, words = probs.sort(-1, descending=True)
+    ordered, words = probs.sort(-1, descending=True)  # (B, V) each
     # A word stays as long as those before it have less than top_p: always the first one.
     kept = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
     return torch.zeros_like(probs).scatter_(-1, words, kept)
@@ -2870,6 +2882,7 @@ class Storyteller:
         weights = dict(self.captioner.state_dict())
         if self.known is not None:
             weights["known"] = self.known
+        # Half the size, to download and to keep in a repository.
         halves = {
             name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()
         }
@@ -2954,7 +2967,7 @@ class Storyteller:
         Rounded as 01 stores them, so that captions are those of its features.
         """
         if not isinstance(images, Tensor):
-            images = torch.stack([self.load(image) for image in images])
+            images = torch.stack([self.load(image) for image in images])  # (B, 3, S, S)
         return self.backbone(images, self.config["regions"]).half().float()
 
     def caption(self, images, **options) -> list[Caption]:
@@ -2966,7 +2979,7 @@ class Storyteller:
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         captions = []
-        for i in range(0, len(images), 32):
+        for i in range(0, len(images), 32):  # so that any number of photos fits into memory
             captions += self.caption_features(self.extract(images[i : i + 32]), **options)
         return captions
 
@@ -2993,7 +3006,7 @@ class Storyteller:
 
         attention  False spares the attention weights, a fifteenth of the work
         """
-        features, decoding = features.to(self.device), Decoding(**options)
+        features, decoding = features.to(self.device), Decoding(**options)  # (B, R, D)
         found = generate(self.captioner, features, range(len(features)), decoding, self.vocab)
         weights: Sequence = [None] * len(found)
         if attention:
@@ -3062,11 +3075,12 @@ class Storyteller:
         rows = [torch.tensor([START, *caption]) for caption in captions]
         words = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)  # (B, T + 1)
         weights = []
-        for column in words.T[:-1].to(self.device):
+        # The chosen captions are read once more: search keeps no weights of earlier words.
+        for column in words.T[:-1].to(self.device):  # (B,)
             _, state = self.captioner.step(column, state)
             weights.append(state.caption["weights"])  # (B, R)
         side = math.isqrt(weights[0].shape[1])
-        return torch.stack(weights, 1).unflatten(-1, (side, side)).cpu().numpy()
+        return torch.stack(weights, 1).unflatten(-1, (side, side)).cpu().numpy()  # (B, T, 7, 7)
 
 
 def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> Captioner:

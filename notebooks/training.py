@@ -67,6 +67,7 @@ class Progress:
         if recipe["ema_decay"]:
             self.ema = copy.deepcopy(model).eval()
         parameters, decay = model.parameters(), recipe["weight_decay"]
+        # Fused: a single kernel updates all parameters.
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True)
         # In float16 small gradients would become 0: the loss is scaled up, and they down again.
         self.scaler = torch.amp.GradScaler(model.mean.device.type, enabled=half)
@@ -94,7 +95,7 @@ class Progress:
     def load(self, state: dict, rank: int) -> None:
         """Restore what `save` wrote; `began` and `key` stay those of this run."""
         for name, value in state.items():
-            if name not in self.PARTS:
+            if name not in self.PARTS:  # numbers, lists and the best weights
                 setattr(self, name, getattr(self, name) if name in ("began", "key") else value)
             elif value:  # a scaler that scales nothing has no state
                 # DataParallel puts "module." before every name.
@@ -284,10 +285,10 @@ class Trainer:
         copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + mirrored)
         self.features = st.Features(self.extracted / "features.npy", pooled, self.device, copies)
         self.flipped = st.Features(flipped, pooled, self.device, copies) if mirrored else None
-        # What is on the left of a mirrored photo, its captions call right.
+        # A mirrored photo has on its left what its captions call right.
         ids = self.data.vocab.ids
         sides = [ids[word] for word in ("left", "right") if word in ids]
-        self.sides = torch.tensor(sides, dtype=torch.long)
+        self.sides = torch.tensor(sides, dtype=torch.long)  # (2,) or fewer
         size, longest = self.recipe["batch_size"], self.recipe["max_caption_length"]
         self.batches = {s: self.data.batches(s, size, longest) for s in ("train", "val")}
 
@@ -318,7 +319,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed)
         self._say("measuring the features' mean and deviation")
         moments = self.features.moments(self.data.rows["train"])  # (D,) each
-        if not moments[1].gt(1e-3).any():
+        if not moments[1].gt(1e-3).any():  # (D,) deviations
             raise st.ArtifactError(
                 "All training photos have the same features: nothing can be learned from them. "
                 "Look at the photos, then run 01_extract_features.ipynb again."
@@ -341,6 +342,7 @@ class Trainer:
         self.progress = Progress(self.captioner, self.recipe, half, job.get("began", 0), key)
         self.model = self.captioner
         if self.world > 1:
+            # The buffers are constants, equal in all processes.
             ids = [self.device] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(
                 self.captioner, device_ids=ids, broadcast_buffers=False
@@ -357,7 +359,7 @@ class Trainer:
         rows   (B,)  of the features
         sided  (B,)  whether the captions name a side: then the photo is not mirrored
         """
-        features = self.features[rows]
+        features = self.features[rows]  # (B, R, D)
         if self.flipped:
             mirrored = (torch.rand(len(rows)) < 0.5) & ~sided  # (B,)
             features[mirrored.to(self.device)] = self.flipped[rows[mirrored.numpy()]]
@@ -382,6 +384,7 @@ class Trainer:
         mine, share = batch[self.rank :: self.world], 1.0
         if not len(mine):  # DistributedDataParallel waits for every process, this one too
             mine, share = batch[:1], 0.0
+        # Each process has another dropout, and has it again when the step is repeated.
         torch.manual_seed((self.settings.seed * 1_000_003 + number) * 64 + self.rank)
         # (B, R, D), (B, T), (B,) or None; the loss is a mean over the tokens of all processes.
         features, words, weights, tokens = objective.draw(batch, mine, share)
@@ -391,8 +394,8 @@ class Trainer:
             with self.model.no_sync() if between else contextlib.nullcontext():
                 with self.autocast():  # sums over the part's tokens, () each
                     loss, likelihood = self.model(
-                        features[part],
-                        words[part],
+                        features[part],  # (B / slices, R, D)
+                        words[part],  # (B / slices, T)
                         objective.label_smoothing,
                         None if weights is None else weights[part],
                     )
@@ -416,7 +419,7 @@ class Trainer:
         # Where float16 overflowed the scaler skipped the step: schedule and averages wait too.
         if scaler.get_scale() < scale:
             return
-        if progress.ema is not self.captioner:
+        if progress.ema is not self.captioner:  # the recipe averages weights
             kept = self.objective.ema_decay(progress.updates)
             # Buffers are constants: only parameters are averaged, all in one call.
             mean, now = ([p.data for p in m.parameters()] for m in (progress.ema, self.captioner))
@@ -433,6 +436,7 @@ class Trainer:
         """
         at = self.progress
         self.model.train()  # dropout on
+        # The same batches in every process, which takes its share of each.
         batches = self.objective.batches(at.epoch)
         bar = st.progress(
             batches[at.step :],
@@ -466,6 +470,7 @@ class Trainer:
 
         All processes decide the same, after the same step.
         """
+        # To agree takes a message between processes: not after every step.
         if self.world > 1 and self.progress.step % 10:
             return False
         now = time.monotonic()
@@ -494,6 +499,7 @@ class Trainer:
         # Every process captions every world-th photo.
         mine = self.data.rows["val"][self.rank :: self.world]
         hypotheses = st.generate(model, self.features, mine, progress=self.rank == 0)
+        # Interleaved again: the captions stand in the order of the photos.
         generated: list = [None] * len(self.data.rows["val"])
         for rank, part in enumerate(_gather([found[0].ids for found in hypotheses])):
             generated[rank :: self.world] = part
@@ -504,6 +510,7 @@ class Trainer:
         """Validate, extend the history, and keep the weights if they are the best so far."""
         at = self.progress
         loss, captions = self.validate()
+        # CIDEr-D of the captions that users would get, not of teacher forcing.
         cider = float(self.cider.score(captions).mean())
         sums = at.totals()
         critical = at.phase == "self_critical"
@@ -528,7 +535,7 @@ class Trainer:
             at.best = {"score": score, "epoch": at.epoch + 1, "weights": weights}
         at.epoch += 1
         at.begin_epoch()
-        self.save()
+        self.save()  # a killed run repeats no finished epoch
         # Of its own samples, the negative log-likelihood is the entropy of what it generates.
         learned = f"reward {reward:.3f}, entropy" if critical else "loss"
         self._say(
@@ -580,13 +587,13 @@ class Trainer:
         if not entropies:
             return True
         collapsed = entropies[-1] < entropies[0] / 3  # the same caption whatever is drawn
-        tired = tired and len(entropies) >= patience
+        tired = tired and len(entropies) >= patience  # epochs of the first phase do not count
         return len(entropies) < self.recipe["self_critical"] and not tired and not collapsed
 
     def begin_self_critical(self) -> None:
         """Begin the self-critical phase, from the best weights."""
         for model in (self.captioner, self.progress.ema):
-            model.load_state_dict(self.progress.best["weights"])
+            model.load_state_dict(self.progress.best["weights"])  # averaged, if the recipe does so
         self.progress.optimizer.state.clear()  # moments of the other objective's gradients
         self.progress.phase = "self_critical"
 
@@ -596,6 +603,7 @@ class Trainer:
         rows = [list(line.values()) for line in at.history]
         st.write_csv(self.out / "history.csv", list(at.history[0]), rows)
         st.write_csv(self.out / "examples.csv", ["epoch", "image", "caption"], at.examples)
+        # The weights of the last step are in last.pt, and may be overwritten here.
         self.captioner.load_state_dict(at.best["weights"])
         storyteller = st.Storyteller(
             self.config(), self.data.vocab, self.captioner.cpu(), self.extracted
@@ -629,6 +637,7 @@ class Trainer:
                 "best_epoch": best["epoch"],
                 "select_by": self.select_by,
             },
+            # Seven digits are all that float32 has.
             "feature_mean": [float(f"{x:.7g}") for x in mean],
             "feature_deviation": [float(f"{x:.7g}") for x in deviation],
         }
@@ -679,6 +688,7 @@ class Trainer:
             if self.load(path, asked):
                 break
         at = self.progress
+        # On several machines, each reads its own copy of outputs/.
         places = _gather((at.epoch, at.step, at.phase))
         if len(set(places)) > 1:
             raise st.ArtifactError(
