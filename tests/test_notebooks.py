@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import hashlib
+import io
 import re
 import shutil
+import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,3 +179,34 @@ def test_the_score_table_shows_values_intervals_and_what_a_row_knows_besides():
     assert rows["beam"]["METEOR label"] in table.index and "METEOR" not in table.index
     people = table["people (one reference)"]
     assert table["beam"]["copied from training"] == "50.0%" and people["seconds a photo"] == ""
+
+
+# The budget of the helper module (CONTRIBUTING.md, style)
+
+
+@pytest.fixture(scope="module")
+def module() -> str:
+    return (ROOT / "storyteller_utils.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.fast
+def test_the_module_has_at_most_26000_tokens(module):
+    counted = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
+    tokens = tokenize.generate_tokens(io.StringIO(module).readline)
+    assert sum(token.type in counted for token in tokens) <= 26_000
+
+
+@pytest.mark.fast
+def test_no_function_of_the_module_has_more_than_60_lines(module):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for node in ast.walk(ast.parse(module)) if isinstance(node, kinds)]
+    long = [f.name for f in functions if f.end_lineno - f.lineno + 1 > 60]
+    assert not long and len(functions) > 100
+
+
+@pytest.mark.fast
+def test_the_module_has_at_most_55_public_functions_and_classes(module):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in ast.parse(module).body if isinstance(node, kinds)]
+    public = [name for name in names if not name.startswith("_")]
+    assert 30 < len(public) <= 55, public
