@@ -19,7 +19,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lint demo demo-static notebooks kaggle bench faults load mutants rehearsal test-kaggle gpu clean
+.PHONY: help run test lint demo demo-static notebooks kaggle bench faults load mutants rehearsal test-kaggle test-ray gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
@@ -96,10 +96,18 @@ $(VENV)-kaggle/ready: tests/kaggle_image.txt
 test-kaggle: $(VENV)-kaggle/ready  ## the rendered notebooks with the package versions of Kaggle's image
 	$(VENV)-kaggle/bin/python -m pytest tests/test_kaggle.py -q -k "kaggles_layout or last_copy"
 
+$(VENV)-ray/ready: requirements.txt tests/requirements-ray.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install -r requirements.txt -r tests/requirements-ray.txt
+	@touch $@
+
+test-ray: $(VENV)-ray/ready  ## the caption command on a Ray of two nodes and a local S3, with kills
+	$(VENV)-ray/bin/python -m pytest tests/test_ray.py -q -rs
+
 kaggle: $(VENV)/run  ## five self-contained notebooks for Kaggle's Import Notebook
 	@set -e; copies=$$(mktemp -d); $(BIN)/python kaggle/push.py --dry-run $$copies; mkdir -p outputs/kaggle; \
 		mv $$copies/*/*.ipynb outputs/kaggle/; rm -r $$copies
 	@echo "outputs/kaggle holds them; kaggle/README.md says what to click."
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-kaggle outputs
+	rm -rf $(VENV) $(VENV)-kaggle $(VENV)-ray outputs

@@ -4,13 +4,15 @@
     python storyteller_utils.py caption photos/ --out captions.jsonl
     python storyteller_utils.py caption "shards/shard-{00000..00099}.tar" --out captions.parquet
     find . -name "*.jpg" -print0 | python storyteller_utils.py caption - --to csv --out captions.csv
+    python storyteller_utils.py caption s3://bucket/photos --out s3://bucket/captions --ray auto
 
 Every photo has a row: {"file_name", "text", "score"}, or {"file_name", "error"} where it cannot be
 captioned. file_name is relative to the output's folder where the photo lies in it, so that a
 metadata.jsonl beside the photos loads as a Hugging Face image folder. Rows are written as they
 come. The same command again goes on where it stopped: it leaves out what has a caption, and tries
 again what failed. OUT.meta.json remembers which captioner wrote the output, and with which
-options; another one's output is refused, unless --overwrite says that it may go.
+options; another one's output is refused, unless --overwrite says that it may go. With --ray, many
+machines do this together: caption_ray.py says how.
 """
 
 import argparse
@@ -66,23 +68,34 @@ def find_photos(inputs: Iterable[str], folder: Path | None = None) -> Iterator[P
     folder  of the output: photos in it are named relative to it, others by their full path. None:
             photos are named as they are given
     """
-
-    def name(path: Path) -> str:
-        if folder is None:
-            return str(path)
-        path = Path(os.path.abspath(path))
-        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
-
     for path in find_files(inputs):
         if path.suffix.lower() == ".tar":
-            yield from _shard(path, name(path))
+            yield from _shard(path, name_photo(path, folder))
         else:
-            yield Photo(name(path), path)
+            yield Photo(name_photo(path, folder), path)
+
+
+def name_photo(path: Path, folder: Path | None) -> str:
+    """Return a photo's file_name: relative to the output's folder if it lies in it."""
+    if folder is None:
+        return str(path)
+    path = Path(os.path.abspath(path))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def find_files(inputs: Iterable[str]) -> Iterator[Path]:
     """Yield the files that files, folders, globs, lists and numbered names stand for, in order."""
     return itertools.chain.from_iterable(map(_paths, inputs))
+
+
+def numbered_names(given: str) -> list[str]:
+    """Return what "shard-{00..99}.tar" stands for; nothing for a name without such numbers."""
+    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if not numbers:
+        return []
+    first, last = numbers.groups()
+    filled = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return [given.replace(numbers[0], number, 1) for number in filled]
 
 
 def is_photo(name: str) -> bool:
@@ -93,7 +106,6 @@ def is_photo(name: str) -> bool:
 
 def _paths(given: str) -> Iterator[Path]:
     path = Path(given)
-    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", given)
     if given == "-":
         yield from _listed(sys.stdin.buffer, Path())
     elif path.is_dir():
@@ -103,11 +115,8 @@ def _paths(given: str) -> Iterator[Path]:
             yield from _listed(file, path.parent)
     elif path.exists():
         yield path
-    elif numbers:
-        first, last = numbers.groups()
-        for number in range(int(first), int(last) + 1):
-            filled = f"{number:0{len(first)}}"
-            yield from _paths(given.replace(numbers[0], filled, 1))
+    elif numbered := numbered_names(given):
+        yield from find_files(numbered)
     elif glob.has_magic(given):
         # Sorted, so that a second run meets the photos in the same order.
         matches = sorted(glob.iglob(given, recursive=True))
@@ -154,12 +163,18 @@ def _shard(path: Path, name: str) -> Iterator[Photo]:
     """Yield the photos of a tar file, each to be read before the next one is asked for."""
     try:
         with tarfile.open(path) as tar:
-            while member := tar.next():
-                tar.members = []  # it would keep every member that it has seen
-                if member.isfile() and is_photo(member.name):
-                    yield Photo(f"{name}/{member.name}", tar.extractfile(member).read)
+            for member in photo_members(tar):
+                yield Photo(f"{name}/{member.name}", tar.extractfile(member).read)
     except (OSError, EOFError, tarfile.TarError) as error:
         yield Photo(name, error=f"{path.name} cannot be read: {error}")
+
+
+def photo_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the photos in an open tar file."""
+    while member := tar.next():
+        tar.members = []  # it would keep every member that it has seen
+        if member.isfile() and is_photo(member.name):
+            yield member
 
 
 # Captioning --------------------------------------------------------------------------------------
@@ -383,6 +398,17 @@ class Csv(JsonLines):
                 record = b""
 
 
+def parquet_schema():
+    """Return the columns of rows in Parquet; those that a row lacks are null."""
+    import pyarrow as pa
+
+    strings = pa.list_(pa.string())
+    fields = {"file_name": pa.string(), "text": pa.string(), "score": pa.float64()}
+    fields |= {"confidence": pa.float64()}
+    fields |= {"captions": strings, "scores": pa.list_(pa.float64()), "error": pa.string()}
+    return pa.schema(list(fields.items()))
+
+
 class Parquet(JsonLines):
     """Rows as Parquet, which cannot be appended to: they are JSON lines until `finish`."""
 
@@ -411,11 +437,7 @@ class Parquet(JsonLines):
         import pyarrow.parquet as pq
 
         super().finish()
-        strings = pa.list_(pa.string())
-        fields = {"file_name": pa.string(), "text": pa.string(), "score": pa.float64()}
-        fields |= {"confidence": pa.float64()}
-        fields |= {"captions": strings, "scores": pa.list_(pa.float64()), "error": pa.string()}
-        schema = pa.schema(list(fields.items()))
+        schema = parquet_schema()
         rows = self.rows()
         with st.replacing(self.target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             while group := list(itertools.islice(rows, 10_000)):
@@ -521,13 +543,12 @@ def claim(path: Path, meta: dict, overwrite: bool):
     file.seek(0)
     before = json.loads(file.read() or "{}")
     meta = json.loads(json.dumps(meta))  # tuples as the lists that they become
-    if exists and not overwrite and before != meta:
-        file.close()
-        names = [name for name in meta if before.get(name) != meta[name]]
-        raise st.ArtifactError(
-            f"{path} was written by another captioner or with other options ({', '.join(names)} "
-            "differ). Name another output, or add --overwrite."
-        )
+    if exists and not overwrite:
+        try:
+            check_meta(path, before, meta)
+        except st.ArtifactError:
+            file.close()
+            raise
     if overwrite:
         for old in (path, path.with_name(path.name + ".part.jsonl")):
             old.unlink(missing_ok=True)
@@ -536,6 +557,21 @@ def claim(path: Path, meta: dict, overwrite: bool):
         file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
         file.flush()
     return file
+
+
+def check_meta(path: Path | str, before: dict, meta: dict) -> None:
+    """Raise ArtifactError if an output's rows come from another captioner or other options."""
+    if before != meta:
+        names = [name for name in meta if before.get(name) != meta[name]]
+        raise st.ArtifactError(
+            f"{path} was written by another captioner or with other options ({', '.join(names)} "
+            "differ). Name another output, or add --overwrite."
+        )
+
+
+def place(text: str) -> Path | str:
+    """Return a path, or the URI that `Path` would spoil."""
+    return text if "://" in text else Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -552,13 +588,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder or Hub id (default: %(default)s)",
     )
     add("--to", choices=FORMATS, help="default: what --out ends with, else jsonl")
-    add("--out", type=Path, metavar="FILE|FOLDER", help="default: standard output")
+    add("--out", type=place, metavar="FILE|FOLDER", help="default: standard output")
     add("--overwrite", action="store_true", help="caption again what has a caption")
     add("--full-name", action="store_true", help="--to txt: photo.jpg.txt, not photo.txt")
     add("--xmp", action="store_true", help="also write photo.jpg.xmp, for photo managers")
     add("--replace-descriptions", action="store_true", help="--xmp: also those of people")
     add("--batch", type=int, default=64, help="photos at a time (default: %(default)s)")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) + 1), help="decoding threads")
+    add("--ray", nargs="?", const="local", metavar="ADDRESS", help="on many machines, with Ray")
     default = st.Decoding()
     add("--beam", type=int, default=default.beam_width, help="width (default: %(default)s)")
     add("--captions", type=int, default=1, help="the N best, or N samples")
@@ -715,7 +752,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; exit status 1 if a photo failed, with a sentence if nothing could begin."""
     arguments = parse(argv)
     try:
-        failed = run(arguments)
+        if arguments.ray:
+            import caption_ray
+
+            failed = caption_ray.run(arguments)
+        elif any("://" in str(place) for place in [*arguments.photos, arguments.out]):
+            raise ValueError("Object storage (s3://, gs://) is read and written with --ray.")
+        else:
+            failed = run(arguments)
     except (st.ArtifactError, ValueError) as error:
         sys.exit(f"storyteller: {error}")
     except BrokenPipeError:  # head has seen enough

@@ -285,6 +285,18 @@ def test_no_photos_and_wrong_options_are_one_sentence(photos, stub, tmp_path):
 
 
 @fast
+def test_many_machines_and_buckets_need_ray_and_say_so(photos, stub, monkeypatch):
+    with pytest.raises(ValueError, match=r"s3://, gs://.* with --ray"):
+        run("s3://bucket/photos")
+    with pytest.raises(ValueError, match="with --ray"):
+        run(photos, "--out", "gs://bucket/captions")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "caption_ray", raising=False)
+    with pytest.raises(ValueError, match=r"--ray needs a package: pip install 'ray\[data\]"):
+        run(photos, "--out", "captions", "--ray")
+
+
+@fast
 def test_an_unforeseen_error_costs_one_photo(photos, stub):
     whole = stub.extract
 

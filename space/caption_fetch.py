@@ -1,0 +1,106 @@
+"""What a cluster's machines do for a photo before it is captioned: they fetch its bytes.
+
+Many processes of a machine do this, so torch is not imported: it takes each of them seconds.
+"""
+
+import functools
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from pyarrow import fs
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder, here or in a bucket.
+
+    root  "" for this machine's files, or scheme://bucket?options
+    path  as pyarrow's file system wants it: bucket/key, or an absolute path
+    """
+
+    root: str
+    path: str
+
+    @classmethod
+    def of(cls, given: str | Path) -> "Place":
+        """Return the place of a path or of scheme://bucket/key?options."""
+        scheme, mark, rest = str(given).partition("://")
+        if not mark:
+            return cls("", os.path.abspath(given))
+        path, mark, options = rest.partition("?")
+        bucket = path.partition("/")[0]
+        return cls(f"{scheme}://{bucket}{mark}{options}", path.rstrip("/"))
+
+    @property
+    def files(self) -> fs.FileSystem:
+        return file_system(self.root)
+
+    def at(self, path: str) -> "Place":
+        return Place(self.root, path)
+
+    def __str__(self) -> str:
+        return f"{self.root.partition('://')[0]}://{self.path}" if self.root else self.path
+
+
+@functools.cache
+def file_system(root: str) -> fs.FileSystem:
+    """Open a root's file system; ValueError for one that there is not."""
+    if not root:
+        return fs.LocalFileSystem()
+    try:
+        return fs.FileSystem.from_uri(root)[0]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{root} cannot be opened: {error}") from None
+
+
+def fetch(batch: pa.Table) -> pa.Table:
+    """Read photos' bytes; what cannot be read becomes an error of its row, not an exception."""
+    with ThreadPoolExecutor(16) as pool:  # object stores answer slowly, but many at a time
+        fetched = list(pool.map(read_photo, batch.to_pylist()))
+    return pa.table(
+        {
+            "file_name": batch["file_name"],
+            "data": pa.array([data for data, _ in fetched], pa.large_binary()),
+            "error": pa.array([error for _, error in fetched], pa.string()),
+        }
+    )
+
+
+def read_photo(row: dict, tries: int = 3) -> tuple[bytes, str]:
+    """Return the bytes of a photo of the manifest, or none and the reason."""
+    if row["error"]:
+        return b"", row["error"]
+    try:
+        with file_system(row["root"]).open_input_file(row["path"]) as file:
+            if row["size"] < 0:
+                return file.read(), ""
+            return file.read_at(row["size"], row["offset"]), ""
+    except FileNotFoundError:
+        return b"", f"{row['file_name']} does not exist."
+    except Exception as error:
+        if tries > 1:  # a bucket that is asked too much recovers
+            time.sleep(4 ** (3 - tries))
+            return read_photo(row, tries - 1)
+        return b"", f"{row['file_name']} cannot be fetched: {type(error).__name__}"
+
+
+@ray.remote(num_cpus=0, max_restarts=10, max_task_retries=10)
+class Tries:
+    """Count what was begun and did not end: how a photo that ends its process is known."""
+
+    def __init__(self):
+        self.begun: Counter = Counter()
+
+    def begin(self, what: str) -> int:
+        """Return how often this was begun before without an end."""
+        self.begun[what] += 1
+        return self.begun[what] - 1
+
+    def end(self, what: str) -> None:
+        self.begun.pop(what, None)
