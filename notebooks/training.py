@@ -50,9 +50,11 @@ class Progress:
     examples  [epoch, photo, caption] of a few validation photos
     best      score, epoch and weights of the best epoch
     ema       the captioner with averaged weights, which generates; without averaging, the model
+    moments   mean and deviation (D,) by which the captioner standardises features
     """
 
     PARTS = ("model", "ema", "optimizer", "scaler")
+    OWN = ("began", "key", "moments")  # facts about this run, whatever it goes on from
 
     def __init__(self, model: st.Captioner, recipe: dict, half: bool, began: float, key: str):
         self.began = began
@@ -64,6 +66,7 @@ class Progress:
         self.examples: list[list] = []
         self.best = {"score": -math.inf, "epoch": 0, "weights": {}}
         self.model = self.ema = model
+        self.moments = model.mean.cpu(), model.deviation.cpu()
         if recipe["ema_decay"]:
             self.ema = copy.deepcopy(model).eval()
         parameters, decay = model.parameters(), recipe["weight_decay"]
@@ -93,10 +96,12 @@ class Progress:
             torch.save(state, file)
 
     def load(self, state: dict, rank: int) -> None:
-        """Restore what `save` wrote; `began` and `key` stay those of this run."""
+        """Restore what `save` wrote, but for what is this run's own."""
         for name, value in state.items():
+            if name in self.OWN:
+                continue
             if name not in self.PARTS:  # numbers, lists and the best weights
-                setattr(self, name, getattr(self, name) if name in ("began", "key") else value)
+                setattr(self, name, value)
             elif value:  # a scaler that scales nothing has no state
                 # DataParallel puts "module." before every name.
                 value = {key.removeprefix("module."): part for key, part in value.items()}
@@ -316,16 +321,12 @@ class Trainer:
 
     def _build(self, job: dict) -> None:
         """Build the captioner, its optimizer and its distributed wrapper."""
+        # Another GPU's precision, or less memory a step, does not make it another run.
+        others = st.LOCATIONS | {"accumulate"}
+        decided = {name: value for name, value in job["settings"].items() if name not in others}
+        key = st.sha256([self.recipe, decided, job["editions"]])
+        moments = self._moments(key)  # (D,) each
         torch.manual_seed(self.settings.seed)
-        self._say("measuring the features' mean and deviation")
-        moments = self.features.moments(self.data.rows["train"])  # (D,) each
-        if not moments[1].gt(1e-3).any():  # (D,) deviations
-            raise st.ArtifactError(
-                "All training photos have the same features: nothing can be learned from them. "
-                "Look at the photos, then run 01_extract_features.ipynb again."
-            )
-        if not self.settings.standardise:
-            moments = torch.zeros_like(moments[0]), torch.ones_like(moments[1])
         self.captioner = st.Captioner(
             self.recipe["decoder"],
             self.features.width,
@@ -334,10 +335,6 @@ class Trainer:
             dropout=self.recipe["dropout"],
             **self.recipe["sizes"],
         ).to(self.device)
-        # Another GPU's precision, or less memory a step, does not make it another run.
-        others = st.LOCATIONS | {"accumulate"}
-        decided = {name: value for name, value in job["settings"].items() if name not in others}
-        key = st.sha256([self.recipe, decided, job["editions"]])
         half = self.precision == torch.float16
         self.progress = Progress(self.captioner, self.recipe, half, job.get("began", 0), key)
         self.model = self.captioner
@@ -347,6 +344,48 @@ class Trainer:
             self.model = nn.parallel.DistributedDataParallel(
                 self.captioner, device_ids=ids, broadcast_buffers=False
             )
+
+    def _moments(self, key: str) -> tuple[Tensor, Tensor]:
+        """Return the features' mean and deviation (D,), the same in all processes.
+
+        Rank 0 alone finds them, in a checkpoint of the run `key` or in the features, whose reading
+        takes up to a minute on large grids. What is wrong with them ends every process alike.
+        """
+        found: list = [None]
+        if self.rank == 0:
+            try:
+                found = [self._kept_moments(key) or self._measure_moments()]
+            except st.ArtifactError as error:
+                found = [error]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(found)
+        if isinstance(found[0], st.ArtifactError):
+            raise found[0]
+        return found[0]
+
+    def _kept_moments(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """Return what the first checkpoint of the run `key` says, if there is one that does."""
+        for path, _ in self.checkpoints():
+            # It may be broken, which `load` will say, or of a time before they were kept.
+            with contextlib.suppress(Exception):
+                # Mapped: little of the file is read.
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if state["key"] == key:
+                    mean, deviation = state["moments"]
+                    return mean.clone(), deviation.clone()
+        return None
+
+    def _measure_moments(self) -> tuple[Tensor, Tensor]:
+        self._say("measuring the features' mean and deviation")
+        mean, deviation = self.features.moments(self.data.rows["train"])  # (D,) each
+        if not deviation.gt(1e-3).any():
+            raise st.ArtifactError(
+                "All training photos have the same features: nothing can be learned from them. "
+                "Look at the photos, then run 01_extract_features.ipynb again."
+            )
+        if not self.settings.standardise:
+            return torch.zeros_like(mean), torch.ones_like(deviation)
+        return mean, deviation
 
     def autocast(self):
         """Return a context that computes in this run's precision."""

@@ -191,6 +191,107 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not():
     assert list(history["epoch"]) == [1, 2, 3, 4, 5, 6]
 
 
+def count_measuring(monkeypatch):
+    """Let features be measured as they are; return a list that gets longer each time."""
+    measured, moments = [], st.Features.moments
+
+    def counting(self, rows):
+        measured.append(len(rows))
+        return moments(self, rows)
+
+    monkeypatch.setattr(st.Features, "moments", counting)
+    return measured
+
+
+def stop_halfway(**settings):
+    """Train an epoch and a step, as if asked to stop then."""
+    trainer = training.Trainer(begin(**settings).job())
+    pause = trainer._pause
+
+    def pause_in_second():
+        if trainer.progress.epoch == 1:
+            trainer.stop = "asked to stop"
+        return pause()
+
+    trainer._pause = pause_in_second
+    trainer.run()
+    assert (trainer.progress.epoch, trainer.progress.step) == (1, 1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("standardise", [True, False])
+def test_a_resumed_run_knows_the_features_mean_and_deviation(monkeypatch, capsys, standardise):
+    trained(begin(standardise=standardise))
+    expected = last(begin(standardise=standardise))
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    measured = count_measuring(monkeypatch)
+    stop_halfway(standardise=standardise)
+    assert len(measured) == 1
+    assert "measuring the features" in capsys.readouterr().err
+    trained(begin(standardise=standardise))
+    said = capsys.readouterr().err
+    assert len(measured) == 1 and "measuring" not in said and "going on after 1 epochs" in said
+    again = last(begin(standardise=standardise))
+    for part in ("model", "optimizer"):
+        assert str(again[part]) == str(expected[part])
+    assert_same(again["model"], expected["model"])
+    assert_same(again["best"]["weights"], expected["best"]["weights"])
+    assert all(map(torch.equal, again["moments"], expected["moments"]))
+
+
+def test_a_checkpoint_of_a_time_before_moments_were_kept_still_loads(monkeypatch):
+    trained(begin())
+    expected = last(begin())["model"]
+    st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
+    stop_halfway()
+    old = {name: value for name, value in last(begin()).items() if name != "moments"}
+    torch.save(old, begin().out / "last.pt")
+    measured = count_measuring(monkeypatch)
+    assert trained(begin()).progress.epoch == 3
+    assert len(measured) == 1
+    assert_same(last(begin())["model"], expected)
+
+
+def test_the_moments_of_another_runs_checkpoint_are_not_taken(monkeypatch, tmp_path):
+    run = begin()
+    trained(run)
+    state = last(run)
+    other = state["moments"][0] + 5, state["moments"][1]
+    torch.save(state | {"moments": other}, tmp_path / "last.pt")
+    trainer = training.Trainer(begin(epochs=4, resume_from=str(tmp_path / "last.pt")).job())
+    trainer.resume()
+    trainer.save()
+    assert trainer.progress.epoch == 3
+    assert torch.equal(trainer.captioner.mean, state["moments"][0])
+    assert torch.equal(last(run)["moments"][0], state["moments"][0])
+
+
+@pytest.mark.fast
+def test_only_the_first_process_measures_and_all_end_with_its_error(monkeypatch):
+    whole = training.Trainer(begin().job())
+    sent = [torch.ones(24), torch.full((24,), 2.0)]
+    measured = count_measuring(monkeypatch)
+    monkeypatch.setattr(st, "join_processes", lambda _: (1, 2))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, **_: model)
+
+    def receive(values):
+        values[0] = tuple(sent)
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    second = training.Trainer(begin().job())
+    assert not measured and torch.equal(second.captioner.mean, sent[0])
+    assert torch.equal(second.captioner.deviation, sent[1])
+    for name, weight in weights(second).items():  # measuring draws no random numbers
+        assert torch.equal(weight, weights(whole)[name])
+
+    def fail(values):
+        values[0] = st.ArtifactError("Some features are no numbers.")
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", fail)
+    with pytest.raises(st.ArtifactError, match="no numbers"):
+        training.Trainer(begin().job())
+
+
 def test_another_runs_checkpoint_is_not_taken_up_unasked():
     trained(begin())
     assert len(trained(begin(epochs=2)).progress.history) == 2
