@@ -834,15 +834,24 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
     return np.array(storyteller.confidence(scores, vectors))
 
 
-def loss_curves(history):
-    """Draw losses and CIDEr-D over the epochs of `train`'s history. Returns a matplotlib Figure."""
+def loss_curves(history, model: Path):
+    """Draw losses and CIDEr-D over the epochs of `train`'s history, a dot at the epoch it kept.
+
+    model  its folder, whose config.json says which epoch that is and by what it was chosen
+
+    Returns a matplotlib Figure.
+    """
+    kept = st.read_json(model / "config.json")["training"]
     figure, (left, right) = st.new_figure(9, 3, 1, 2)
     left.plot(history["epoch"], history["train_loss"], label="training (with dropout)")
-    left.plot(history["epoch"], history["val_loss"], label="validation")
+    left.plot(history["epoch"], history["val_loss"], label="validation", color="C1")
     left.set(xlabel="epoch", ylabel="negative log-likelihood a token")
     left.legend()
     right.plot(history["epoch"], history["val_cider"], color="#55a868")
-    best = int(history["val_cider"].idxmax())
-    right.plot(history["epoch"][best], history["val_cider"][best], "o", color="#55a868")
     right.set(xlabel="epoch", ylabel="CIDEr-D, validation", ylim=(0, None))
+    best = history[history["epoch"] == kept["best_epoch"]]  # a row
+    if kept["select_by"] == "loss":
+        left.plot(best["epoch"], best["val_loss"], "o", color="C1")
+    else:
+        right.plot(best["epoch"], best["val_cider"], "o", color="#55a868")
     return figure

@@ -383,6 +383,14 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[-1] < 2e-5
 
 
+def dots(trainer):
+    """List the dots that the curves of a run have on losses, and on CIDEr-D: (epoch, value)."""
+    history = pd.DataFrame(trainer.progress.history)
+    axes = training.loss_curves(history, trainer.out / "model").axes
+    lines = [[line for line in a.lines if line.get_marker() == "o"] for a in axes]
+    return [[(line.get_xdata()[0], line.get_ydata()[0]) for line in found] for found in lines]
+
+
 @pytest.mark.parametrize("select_by, kept", [("cider", 2), ("loss", 3)])
 def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, select_by, kept):
     losses, ciders = iter([3.0, 2.5, 2.0, 2.2]), iter([0.1, 0.4, 0.3, 0.2])
@@ -405,6 +413,7 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
     told = st.Storyteller.from_pretrained(run.out / "model").captioner.state_dict()
     for name, tensor in seen[kept].items():
         torch.testing.assert_close(told[name], tensor.half().float())
+    assert dots(trainer) == ([[], [(2, 0.4)]] if select_by == "cider" else [[(3, 2.0)], []])
 
 
 def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatch):
@@ -531,7 +540,8 @@ def run_stage(settings):
     run = begin(**settings)
     trainer = trained(run)
     st.save_figure(
-        training.loss_curves(pd.DataFrame(trainer.progress.history)), run.out / "curves.png"
+        training.loss_curves(pd.DataFrame(trainer.progress.history), run.out / "model"),
+        run.out / "curves.png",
     )
     run.finish()
     return run
@@ -730,6 +740,7 @@ def test_where_cider_d_is_0_for_every_caption_the_loss_chooses_the_epoch(capsys,
     assert trainer.progress.best["epoch"] == 2 and len(trainer.progress.history) == 3
     config = st.read_json(trainer.out / "model/config.json")
     assert config["training"]["select_by"] == "loss"
+    assert dots(trainer) == [[(2, 2.0)], []]
 
 
 def test_photos_that_all_have_the_same_features_are_refused(monkeypatch):
