@@ -3269,9 +3269,11 @@ def find_wordnet(language: str = "en"):
     for download in (False, True):
         if download:
             patience = socket.getdefaulttimeout()
-            socket.setdefaulttimeout(10)  # NLTK has no timeout of its own
+            # NLTK has no timeout of its own, and the host several addresses to wait for in turn.
+            socket.setdefaulttimeout(3)
             try:
-                nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
+                with contextlib.suppress(OSError):  # so that it is asked once, not at every score
+                    nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
             finally:
                 socket.setdefaulttimeout(patience)
         with contextlib.suppress(LookupError, zipfile.BadZipFile):

@@ -80,10 +80,27 @@ def project(tmp_path_factory):
     return folder
 
 
+def handlers():
+    """Return how this process answers the signals that end a worker cleanly."""
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
 @pytest.fixture(autouse=True)
 def here(project, monkeypatch):
     monkeypatch.chdir(project)
     st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4", ignore_errors=True)
+    before = handlers()
+    yield
+    assert handlers() == before, "a test must leave Ctrl-C as it was"
+
+
+@pytest.fixture
+def restored_handlers():
+    """Handlers of signals, which a worker takes over, are pytest's again afterwards."""
+    before = handlers()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def begin(**settings):
@@ -416,6 +433,7 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
     assert dots(trainer) == ([[], [(2, 0.4)]] if select_by == "cider" else [[(3, 2.0)], []])
 
 
+@pytest.mark.usefixtures("restored_handlers")
 def test_out_of_memory_ends_in_one_sentence_that_names_what_to_change(monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
