@@ -94,32 +94,113 @@ def _decode(data: bytes) -> tuple[str, str]:
     broken = len(re.findall("[\udc80-\udcff]", text))
     if broken <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
         return data.decode("utf-8", "replace"), "utf-8"
-    import charset_normalizer
-
     # Lines that are ASCII alone say nothing, and make every encoding likely.
     foreign = b"\n".join(line for line in data.splitlines() if not line.isascii())
-    guess = charset_normalizer.from_bytes(foreign[:100_000], cp_isolation=_ENCODINGS).best()
-    encoding = guess.encoding if guess is not None else "cp1252"
-    # Short captions hardly tell Latin alphabets apart: the most common that gives only letters.
-    for common, letters in _LATIN.items() if encoding in ("cp1252", "cp1250", "cp1254") else ():
-        text = data.decode(common, "replace")
-        if not set(re.findall(r"[^\0-\x7f]", text)) - set(letters + letters.upper()):
-            return text, f"{common}, as it seems"
-        encoding = "cp1250"
-    if 20 * broken < data.count(b"\n"):  # a stray byte here and there
+    encoding = _by_letters(foreign[:20_000])
+    stray = 20 * broken < data.count(b"\n")  # a byte here and there
+    if encoding is None and not stray:
+        import charset_normalizer
+
+        guess = charset_normalizer.from_bytes(foreign[:100_000], cp_isolation=_ENCODINGS).best()
+        encoding = guess.encoding if guess is not None else "cp1252"
+    if stray and encoding != "cp1252":
         encoding = "utf-8"
     return data.decode(encoding, "replace"), f"{encoding}, as it seems"
 
 
-_SIGNS = "\u201c\u201d\u2018\u2019\u2013\u2014\u2026\xa0\xa3\xa7\xb0\xb4\xab\xbb\xbd\u20ac"
+@dataclass(frozen=True)
+class _Language:
+    """What texts of a language, or of several, look like beyond ASCII.
+
+    encodings  one byte a letter, the most common first
+    letters    in lower case
+    common     those that make up most of a text, in a script of its own; empty: Latin
+    weight     of its letters: less than 1 where any language's with fewer letters is likelier
+    """
+
+    encodings: tuple[str, ...]
+    letters: str
+    common: str = ""
+    weight: float = 1.0
+
+    def rate(self, before: str, sign: str, after: str) -> float:
+        """Rate a sign between two others: 1 as it should be, -2 where no text has it."""
+        good = 0.4 if self.common else self.weight
+        if sign in _SIGNS:
+            inside = before.isalpha() and after.isalpha()
+            return -2 if inside and sign not in _JOINING else good
+        lower = "i" if sign == "\u0130" else sign.lower()  # the Turkish capital of i
+        if lower not in self.letters + "i" * ("\u0131" in self.letters):
+            return -2
+        if sign.isupper() and before.islower():
+            return -2
+        around = [other.isascii() for other in (before, after) if other.isalpha()]
+        if self.common and any(around):  # in the middle of a Latin word
+            return -2
+        if not self.common and around == [False, False]:  # no ASCII letter for long: rare
+            return -1
+        return 1 if lower in self.common else good
 
 
-_LATIN = {  # the letters that their languages use
-    "cp1252": "àáâãäåæçèéêëìíîïñòóôöõøùúûüœß" + _SIGNS,
-    "cp1254": "âçîöûüğış\u0130" + _SIGNS,
-}
+_JOINING = "\u2019\u2014\u2026\xb7"  # these stand between letters too
+_SIGNS = (
+    _JOINING + "\u2013\u201a\u201e\u201c\u201d\u2018\xa0\xa1\xa3\xa7\xb0\xb4\xab\xbb\xbd\xbf\u20ac"
+)
+_WESTERN = ("cp1252", "mac_roman")
+_CENTRAL = ("cp1250", "iso8859_2")
+
+# Of two that fit as well, the first is taken.
+_LANGUAGES = [
+    _Language(_WESTERN, "àâæçéèêëîïôœùûü"),  # French
+    _Language(_WESTERN, "äöüß"),  # German
+    _Language(_WESTERN, "áéíñóúü"),  # Spanish
+    _Language(_WESTERN, "àèéìíòóùú"),  # Italian
+    _Language(_WESTERN, "áâãàçéêíóôõúü"),  # Portuguese
+    _Language(_WESTERN, "àçèéíïòóúü"),  # Catalan
+    _Language(_WESTERN, "åäæéöø"),  # Danish, Finnish, Norwegian, Swedish
+    _Language(_WESTERN, "áèéëíïóöúü"),  # Dutch
+    _Language(("cp1254",), "âçîöûüğış"),  # Turkish
+    _Language(_WESTERN, "äöõüšž"),  # Estonian
+    _Language(_WESTERN, "áæéíðóöúýþ"),  # Icelandic
+    _Language(_CENTRAL, "óąćęłńśźż"),  # Polish
+    _Language(_CENTRAL, "áéíóúýčďěňřšťůž"),  # Czech
+    _Language(_CENTRAL, "áäéíóôúýčďĺľňŕšťž"),  # Slovak
+    _Language(_CENTRAL, "áéíóöúüőű"),  # Hungarian
+    _Language(_CENTRAL, "âîăşţ"),  # Romanian
+    _Language(_CENTRAL, "čćđšž"),  # Bosnian, Croatian, Serbian, Slovenian
+    # Names from elsewhere, and several languages in a file.
+    _Language(_WESTERN, "àáâãäåæçèéêëìíîïñòóôöõøùúûüœß", weight=0.9),
+    _Language(
+        ("cp1251", "koi8_r", "koi8_u", "iso8859_5", "cp866", "mac_cyrillic"),
+        "абвгдежзийклмнопрстуфхцчшщъыьэюяёіїєґў",
+        "оеаинтср",
+    ),
+    _Language(("cp1253", "iso8859_7"), "αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώϊϋΐΰ", "αοιετσνη"),
+    _Language(("cp1255",), "אבגדהוזחטיךכלםמןנסעףפץצקרשת", "יוהלארבת"),
+]
 
 
+def _by_letters(data: bytes) -> str | None:
+    """Return the encoding in which a text has the letters of a language, None if in none.
+
+    Short captions say too little for statistics of letters; which ones there are says more.
+    """
+    best, rating = None, 0.5
+    read: dict[str, Counter] = {}
+    for language in _LANGUAGES:
+        for encoding in language.encodings:
+            if encoding not in read:
+                text = "\n" + data.decode(encoding, "replace") + "\n"
+                triples = zip(text, text[1:], text[2:], strict=False)
+                read[encoding] = Counter(triple for triple in triples if not triple[1].isascii())
+            counts = read[encoding]
+            rates = sum(n * language.rate(*triple) for triple, n in counts.items())
+            if rates / max(counts.total(), 1) > rating:
+                best, rating = encoding, rates / counts.total()
+    return best
+
+
+# Where letters do not tell: other scripts, and several bytes a letter.
 _ENCODINGS = [
     *("cp1252", "cp1250", "cp1254", "cp1251", "koi8_r", "cp866", "mac_cyrillic", "cp1253"),
     *("cp1255", "cp1256", "tis_620", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"),

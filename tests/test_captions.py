@@ -479,6 +479,55 @@ def test_an_encoding_that_is_not_marked_is_detected(tmp_path, encoding):
     ).replace("-", "_")
 
 
+SPOKEN = json.loads((Path(__file__).parent / "captions_of_languages.json").read_text("utf-8"))
+WRITTEN = {
+    "Russian": ["cp1251", "koi8_r", "cp866", "mac_cyrillic", "iso8859_5"],
+    "Ukrainian": ["cp1251", "koi8_u", "mac_cyrillic", "iso8859_5"],
+    "Polish": ["cp1250", "iso8859_2"],
+    "Czech": ["cp1250", "iso8859_2"],
+    "Hungarian": ["cp1250", "iso8859_2"],
+    "French": ["cp1252", "mac_roman"],
+    "German": ["cp1252", "mac_roman", "iso8859_2"],
+    "Spanish": ["cp1252", "mac_roman"],
+    "Portuguese": ["cp1252", "mac_roman"],
+    "Swedish": ["cp1252", "mac_roman"],
+    "Turkish": ["cp1254", "iso8859_9"],
+    "Greek": ["cp1253", "iso8859_7"],
+    "Hebrew": ["cp1255", "iso8859_8"],
+    "Chinese": ["gb18030"],
+    "Chinese, traditional": ["big5"],
+    "Japanese": ["shift_jis", "euc_jp"],
+    "Korean": ["euc_kr"],
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "language, encoding", [(name, one) for name, several in WRITTEN.items() for one in several]
+)
+def test_ten_captions_are_read_in_every_encoding_of_their_language(language, encoding):
+    text = "image,caption\n"
+    text += "".join(f"{i}.jpg,{caption}\n" for i, caption in enumerate(SPOKEN[language]))
+    read, said = caption_files._decode(text.encode(encoding))
+    assert read == text and said.endswith(", as it seems")
+
+
+@pytest.mark.parametrize("stray", [b"\xff", b"\x9d", b"\xe0"])
+def test_a_stray_byte_in_ascii_makes_it_no_other_language(stray):
+    text = "".join(f"{i}.jpg,A dog runs over nice grass.\n" for i in range(100))
+    data = text.encode().replace(b"nice", b"ni" + stray + b"ce", 1)
+    read, said = caption_files._decode(data)
+    assert read.count("nice") == 99 and said in ("utf-8, as it seems", "cp1252, as it seems")
+
+
+@pytest.mark.parametrize(
+    "text", ["A child\u2019s \u201cnew\u201d bike \u2013 red", "A caf\xe9 with jalape\xf1os"]
+)
+def test_signs_and_names_in_english_captions_are_read_as_windows_writes_them(text):
+    lines = "".join(f"{i}.jpg,{text}\n" for i in range(4))
+    assert caption_files._decode(lines.encode("cp1252")) == (lines, "cp1252, as it seems")
+
+
 def test_stray_bytes_in_utf8_are_reported_by_line(tmp_path):
     rows = [(name, "A café – “nice” – and naïve") for name in SCENES]
     text = "image,caption\n" + "".join(f"{name},{caption}\n" for name, caption in rows)
