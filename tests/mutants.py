@@ -71,12 +71,6 @@ def _definition(tree: ast.Module, name: str) -> ast.AST:
 
 MUTANTS = [
     Mutant(
-        "captions score as if a word longer",
-        "beam_search",
-        "length**decoding.length_preference",
-        "(length + 1)**decoding.length_preference",
-    ),
-    Mutant(
         "a photo is done at its first caption",
         "beam_search",
         "beams.ended_scores[:, -1]",
@@ -101,6 +95,12 @@ MUTANTS = [
         "logits * decoding.temperature",
     ),
     Mutant(
+        "it is as sure of photos like none it knows",
+        "Storyteller.confidence",
+        "familiar * np.interp(scores, fit['scores'], fit['shares'])",
+        "np.interp(scores, fit['scores'], fit['shares'])",
+    ),
+    Mutant(
         "padding is learned from", "Captioner.forward", "words[:, 1:] != PAD", "words[:, 1:] >= PAD"
     ),
     Mutant(
@@ -118,7 +118,7 @@ MUTANTS = [
     ),
     Mutant(
         "the Transformer sees the next word",
-        "TransformerLayer.attend",
+        "_TransformerLayer.attend",
         "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)",
         "torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)",
     ),

@@ -533,6 +533,7 @@ def calibrated(storyteller):
     return fitted, scores, shares, train
 
 
+@pytest.mark.fast
 def test_confidence_is_the_share_that_such_scores_reached(storyteller):
     from sklearn.isotonic import IsotonicRegression
 
@@ -544,6 +545,7 @@ def test_confidence_is_the_share_that_such_scores_reached(storyteller):
     assert all(0 <= one <= 1 for one in confidence) and confidence == sorted(confidence)
 
 
+@pytest.mark.fast
 def test_a_photo_unlike_the_training_photos_is_a_guess_whatever_its_score(storyteller):
     fitted, _, _, train = calibrated(storyteller)
     strange = train[:1].clone()
