@@ -94,6 +94,19 @@ def test_it_begins_with_what_it_reads_writes_and_takes_and_ends_with_finish(stag
     assert "run.finish(" in code(cells)[-1].source and cells[-1] is code(cells)[-1]
 
 
+def test_it_says_how_long_it_takes_as_the_readme_does_and_what_is_an_estimate(stage, cells):
+    takes = cells[0].source.splitlines()[-1].split(" | ")[-1].strip(" |")
+    (row,) = [
+        x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(f"| [{stage}]")
+    ]
+    on_sample = row.split(" | ")[-1].strip(" |")
+    assert re.match(rf"on 2 CPU cores {on_sample}(,| for the sample)", takes)
+    if stage == "05_deploy":  # the captioner's size is that of every dataset
+        return
+    assert re.search(r"Flickr8k.*Flickr30k", takes)
+    assert "estimate" in takes[: takes.index("Flickr30k") + 40]
+
+
 def test_cells_are_short_and_define_nothing(cells):
     for cell in code(cells):
         assert len(cell.source.splitlines()) <= 20
