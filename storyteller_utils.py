@@ -654,7 +654,8 @@ def _stream(words: list[str]) -> tuple[int, str]:
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     if "train" in words:
         # Batches have many shapes: oneDNN keeps a program for each, and malloc ever more pieces
-        # between them, so that a CPU's memory grew with the steps. Now it stays, at equal speed.
+        # between them, so that a CPU's memory grew with the steps. Now it stays, for 7 to 20 % more
+        # CPU time, in which oneDNN makes the programs again.
         environment |= {
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
             "MALLOC_MMAP_THRESHOLD_": str(2**25),
