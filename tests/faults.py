@@ -149,10 +149,8 @@ class Ground:
             start_new_session=True,
         )
         try:
-            output, began = (
-                process.stdout.readline(),
-                time.monotonic(),
-            )  # what `start` says, when the imports are done
+            output = process.stdout.readline()  # what `start` says, when the imports are done
+            began = time.monotonic()
             if after is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(after)

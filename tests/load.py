@@ -118,9 +118,8 @@ def main() -> None:
             began = time.monotonic()
             alone[photo.name] = {client.predict(handle_file(str(photo)), api_name="/caption")[0]}
             single.append(time.monotonic() - began)
-        storm(
-            address, photos, 20, app.pid
-        )  # the first crowd fills the server's threads and caches, once
+        # The first crowd fills the server's threads and caches, once.
+        storm(address, photos, 20, app.pid)
         results = storm(address, photos, SECONDS, app.pid)
         sizes = [p.stat().st_size for p in Path(uploads).rglob("*") if p.is_file()]
     first, last = (

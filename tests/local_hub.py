@@ -10,9 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def private(repo):
-    return repo.get(
-        "private", repo.get("visibility") == "private"
-    )  # what huggingface_hub 1 and 2 send
+    # What huggingface_hub 1 and 2 send.
+    return repo.get("private", repo.get("visibility") == "private")
 
 
 class LocalHub:

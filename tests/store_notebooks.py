@@ -50,9 +50,8 @@ def main() -> None:
                 check=True,
             )
             nbformat.write(cleaned(nbformat.read(path, 4)), ROOT / "notebooks" / path.name)
-        sheet = Image.open(Path(folder, "outputs/04_evaluate/sheet.png")).convert(
-            "RGB"
-        )  # the README's picture
+        # The README's picture.
+        sheet = Image.open(Path(folder, "outputs/04_evaluate/sheet.png")).convert("RGB")
         sheet.save(ROOT / "notebooks/sheet.jpg", quality=80)
 
 

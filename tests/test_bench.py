@@ -15,7 +15,7 @@ def test_every_comparison_runs_and_gives_the_same_result_as_its_baseline(here):
     assert run.returncode in (0, 1) and "Error" not in run.stderr, run.stderr[-2000:]
     rows = json.loads((here / "outputs/bench/bench.json").read_text())
     assert all(list(row) == FIELDS for row in rows)
-    told = " ".join(row["name"] for row in rows)
+    names = " ".join(row["name"] for row in rows)
     for step in (
         "extraction",
         "decode",
@@ -31,7 +31,7 @@ def test_every_comparison_runs_and_gives_the_same_result_as_its_baseline(here):
         "memory",
         "Flickr30k",
     ):
-        assert step in told, f"no row about {step}"
+        assert step in names, f"no row about {step}"
     for row in rows:
         assert row["ours"] > 0 and row["name"] in run.stdout
     assert (here / "outputs/bench/bench.png").read_bytes()[:4] == b"\x89PNG"

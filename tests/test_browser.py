@@ -113,9 +113,8 @@ def test_another_decoding_gives_another_caption(open_page, app):
     page = open_page()
     give(page, CAT)
     caption_of(page).wait_for(timeout=15_000)
-    rows = page.locator(
-        "#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]"
-    )  # gradio 6, 5
+    # Gradio 6, and 5.
+    rows = page.locator("#best [role=row]:has([role=gridcell]), #best tr[slot=tbody]")
     expect(rows).to_have_count(
         len(app.STORYTELLER.caption(CAT, beam_width=5)[0].alternatives), timeout=15_000
     )

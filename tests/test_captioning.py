@@ -558,9 +558,7 @@ def test_a_captioner_keeps_its_calibration_on_disk(storyteller, tmp_path):
     fitted, _, _, train = calibrated(storyteller)
     fitted.save_pretrained(tmp_path / "model")
     again = st.Storyteller.from_pretrained(tmp_path / "model")
-    ours, theirs = (
-        teller.caption_features(train[:5, None], no_repeat=0) for teller in (fitted, again)
-    )
+    ours, theirs = (one.caption_features(train[:5, None], no_repeat=0) for one in (fitted, again))
     # The calibration is stored in float16.
     assert [one.confidence for one in ours] == pytest.approx(
         [one.confidence for one in theirs], abs=1e-3

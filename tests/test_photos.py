@@ -1133,8 +1133,8 @@ def test_photo_size_is_what_the_backbone_and_later_the_captioner_see(here, drawn
         "backbone": backbone.name,
         "backbone_sha256": backbone.sha256,
     }
-    teller = st.Storyteller(config, st.Vocab(st.SPECIAL), captioner)
-    assert teller.extract(names).numpy() == pytest.approx(grid, abs=0.01)
+    storyteller = st.Storyteller(config, st.Vocab(st.SPECIAL), captioner)
+    assert storyteller.extract(names).numpy() == pytest.approx(grid, abs=0.01)
 
 
 def test_a_photo_size_that_a_backbone_does_not_take_is_named(here, drawn, tmp_path):
@@ -1227,9 +1227,8 @@ def test_a_scene_and_its_squashed_copy_have_the_same_features(here):
     large = sample.draw_dataset(here / "large", photos=8, seed=3, size=(500, 375))
     small = shutil.copytree(large, here / "small")
     for path in (small / "Images").iterdir():
-        Image.open(path).resize((224, 224)).save(
-            path, "PNG"
-        )  # no JPEG artefacts: they change more than the resizing
+        # No JPEG artefacts: they change more than the resizing.
+        Image.open(path).resize((224, 224)).save(path, "PNG")
     a, b = (extracted(folder)[0] for folder in (large, small))
     assert cosines(a, b).min() > 0.98
     assert np.median(cosines(a, np.roll(a, 1, axis=0))) < 0.9  # which other scenes have not

@@ -128,10 +128,10 @@ def test_bleu_is_that_of_nltk_and_sacrebleu_and_coco(ragged, capsys):
     assert ours == pytest.approx(
         Bleu(4).compute_score(*joined(hypotheses, references))[0], abs=1e-9
     )
-    texts, told = joined(hypotheses, references)
+    texts, captions = joined(hypotheses, references)
     columns = [list(column) for column in itertools.zip_longest(*texts.values())]
     metric = sacrebleu.BLEU(tokenize="none", smooth_method="none")
-    theirs = metric.corpus_score([text for [text] in told.values()], columns).score
+    theirs = metric.corpus_score([text for [text] in captions.values()], columns).score
     assert 100 * ours[3] == pytest.approx(theirs, abs=1e-9)
 
 
@@ -180,9 +180,8 @@ def test_cider_d_takes_document_frequencies_from_other_photos():
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     hypotheses, references = photos(80)
-    _, training = photos(
-        80, seed=5, ragged=True
-    )  # as many, because pycocoevalcap takes its N from the scored photos
+    # As many, because pycocoevalcap takes its N from the scored photos.
+    _, training = photos(80, seed=5, ragged=True)
     scorer, documents = CiderScorer(), CiderScorer()
     for words, group in zip(hypotheses, references, strict=True):
         scorer += (" ".join(words), [" ".join(other) for other in group])

@@ -512,9 +512,8 @@ def test_what_the_hub_refuses_becomes_a_sentence_that_says_what_to_do(
     with pytest.raises(st.ArtifactError, match=advice) as refused:
         publish.push_space(space, "me/storyteller", token=TOKEN)
     assert str(failure[0]) in str(refused.value)
-    assert (
-        refused.value.__cause__ is None and refused.value.__suppress_context__
-    )  # no traceback shows the answer
+    # No traceback shows the answer.
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__
     said = capsys.readouterr()
     assert TOKEN not in str(refused.value) + said.out + said.err
     assert not hub.repos.get(("space", "me/storyteller"), {}).get("files")

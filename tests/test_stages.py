@@ -721,13 +721,8 @@ def test_a_wrong_value_found_by_a_worker_is_raised_as_a_value_error(here, data):
         ("cuda", (8, 0), "", "auto", torch.bfloat16),  # A100
         ("cuda", (8, 9), "", "auto", torch.bfloat16),  # L4
         ("cuda", (10, 0), "", "auto", torch.bfloat16),  # B200
-        (
-            "cuda",
-            (7, 5),
-            "flags : avx512_bf16 amx_bf16",
-            "auto",
-            torch.float16,
-        ),  # the processor's flags are not the GPU's
+        # The processor's flags are not the GPU's.
+        ("cuda", (7, 5), "flags : avx512_bf16 amx_bf16", "auto", torch.float16),
         ("cuda", (6, 0), "flags : avx512_bf16 amx_bf16", "auto", torch.float32),
         ("cpu", (0, 0), "flags : fpu avx2", "auto", torch.float32),
         ("cpu", (0, 0), "flags : fpu avx512_bf16", "auto", torch.bfloat16),

@@ -413,8 +413,8 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
     losses, ciders = iter([3.0, 2.5, 2.0, 2.2]), iter([0.1, 0.4, 0.3, 0.2])
     run = begin(epochs=4, select_by=select_by)
     trainer, seen = training.Trainer(run.job()), {}
-    told = trainer.validate()[1]
-    monkeypatch.setattr(trainer, "validate", lambda: (next(losses), told))
+    captions = trainer.validate()[1]
+    monkeypatch.setattr(trainer, "validate", lambda: (next(losses), captions))
     monkeypatch.setattr(trainer.cider, "score", lambda _: np.array([next(ciders)]))
     train = trainer.train_epoch
 
@@ -427,9 +427,9 @@ def test_the_epoch_that_is_kept_is_the_best_by_what_was_chosen(monkeypatch, sele
     trainer.run()
     config = json.loads((run.out / "model/config.json").read_text())
     assert config["training"]["best_epoch"] == kept
-    told = st.Storyteller.from_pretrained(run.out / "model").captioner.state_dict()
+    saved = st.Storyteller.from_pretrained(run.out / "model").captioner.state_dict()
     for name, tensor in seen[kept].items():
-        torch.testing.assert_close(told[name], tensor.half().float())
+        torch.testing.assert_close(saved[name], tensor.half().float())
     assert dots(trainer) == ([[], [(2, 0.4)]] if select_by == "cider" else [[(3, 2.0)], []])
 
 

@@ -23,9 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch, as `Run.launch` sets it for its workers
+# Before torch, as `Run.launch` sets it for its workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [
     str(ROOT),
@@ -51,16 +50,12 @@ import storyteller_utils as st  # noqa: E402
 from extraction import read_photos  # noqa: E402
 from support import parameters  # noqa: E402
 
-FLICKR_PHOTOS, FLICKR_TRAINED, FLICKR_TOLD = (
-    31_783,
-    25_426,
-    3_179,
-)  # all; of them to train on; to test on
+FLICKR_PHOTOS = 31_783
+FLICKR_TRAINED = 25_426  # of them to train on
+FLICKR_TESTED = 3_179
 HALF = torch.float32 != DTYPE
-PLAIN = {
-    "length_preference": 0.7,
-    "no_repeat": 0,
-}  # the rules of beam search that published notebooks have
+# The rules of beam search that published notebooks have.
+PLAIN = {"length_preference": 0.7, "no_repeat": 0}
 
 
 @dataclass(frozen=True)
@@ -73,17 +68,13 @@ class Sizes:
     plain_extracted: int = 96
     batches: int = 16  # of 64 captions
     plain_batches: int = 2
-    told: int = 64
-    plain_told: int = 8
+    captioned: int = 64
+    plain_captioned: int = 8
     scored: int = 1000
     memory: tuple[int, int] = (200, 2000)
     growth: tuple[int, ...] = (1, 4, 16)
-    base: tuple[int, int, int, int] = (
-        32,
-        4,
-        64,
-        250,
-    )  # at 1x: photos, batches, photos told, photos scored
+    # At 1x: photos, batches, photos captioned, photos scored.
+    base: tuple[int, int, int, int] = (32, 4, 64, 250)
 
 
 QUICK = Sizes(1, 4, 4, 4, 1, 1, 2, 1, 8, (2, 4), (1, 2), (2, 1, 1, 4))
@@ -373,11 +364,11 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     if pooled:
         plain = baselines.Pooled(2048, VOCABULARY).to(DEVICE)
         plain.load_state_dict(captioner.decoder.state_dict())
-    count = s.told * 5 // width
+    count = s.captioned * 5 // width
     most = max(count, s.base[2] * s.growth[-1] if pooled else 0)
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(s.told, 1 if pooled else 49, 2048, generator=generator).to(DEVICE)
-    rows = np.arange(most) % s.told
+    features = torch.randn(s.captioned, 1 if pooled else 49, 2048, generator=generator).to(DEVICE)
+    rows = np.arange(most) % s.captioned
 
     decoding = st.Decoding(beam_width=width, min_length=0, **PLAIN)
 
@@ -387,15 +378,19 @@ def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: 
     def theirs():
         return [
             plain_search(plain, one.mean(1) if pooled else one)
-            for one in features[: s.plain_told].split(1)
+            for one in features[: s.plain_captioned].split(1)
         ]
 
-    same(f"{name}, captions", ours(s.told)[: s.plain_told] == theirs())
+    same(f"{name}, captions", ours(s.captioned)[: s.plain_captioned] == theirs())
     limit = products(step_shapes(captioner, features[rows[:count]], width), torch.float32)
     took = interleave(s.rounds, lambda: ours(count), theirs, limit)
-    yield row(name, "photos/s", count / took[0], s.plain_told / took[1], count / took[2], target)
+    yield row(
+        name, "photos/s", count / took[0], s.plain_captioned / took[1], count / took[2], target
+    )
     if pooled:
-        yield from growth(name, "photo", ours, s.base[2], s, FLICKR_TOLD, took[1] / s.plain_told)
+        yield from growth(
+            name, "photo", ours, s.base[2], s, FLICKR_TESTED, took[1] / s.plain_captioned
+        )
 
 
 def step_shapes(
@@ -453,8 +448,8 @@ def command(m: Material, s: Sizes):
     sys.path.append(str(ROOT / "space"))
     import caption
 
-    storyteller = st.Storyteller.from_pretrained(m.teller("efficientnet_lite0", ""), DEVICE)
-    paths = m.some(2 * s.told)
+    storyteller = st.Storyteller.from_pretrained(m.storyteller("efficientnet_lite0", ""), DEVICE)
+    paths = m.some(2 * s.captioned)
     ready = torch.stack([storyteller.load(path) for path in paths])  # (N, 3, S, S)
     rows = caption.JsonLines(m.folder / "captions.jsonl")
 
@@ -478,32 +473,32 @@ def command(m: Material, s: Sizes):
 def one_photo(
     m: Material, s: Sizes, backbone: str, weights: str, network, how, most: int, least: float
 ) -> dict:
-    teller, network = (
-        st.Storyteller.from_pretrained(m.teller(backbone, weights), DEVICE),
+    storyteller, network = (
+        st.Storyteller.from_pretrained(m.storyteller(backbone, weights), DEVICE),
         network.to(DEVICE),
     )
     path, ready = m.photos[0], st.preprocess(st.open_photo(m.photos[0]))[None]
-    plain = baselines.Pooled(teller.backbone.width, VOCABULARY).to(DEVICE)
-    plain.load_state_dict(teller.captioner.decoder.state_dict())
+    plain = baselines.Pooled(storyteller.backbone.width, VOCABULARY).to(DEVICE)
+    plain.load_state_dict(storyteller.captioner.decoder.state_dict())
 
     @torch.no_grad()
     def features():
         return network(how(baselines.Image.open(path).convert("RGB"))[None].to(DEVICE))
 
     def caption(features):
-        return teller.vocab.decode(
-            baselines.beam_search(plain, teller.captioner.standardise(features))
+        return storyteller.vocab.decode(
+            baselines.beam_search(plain, storyteller.captioner.standardise(features))
         )
 
-    own = teller.extract([path])[:, 0]
+    own = storyteller.extract([path])[:, 0]
     alike = float(torch.cosine_similarity(own, features()))
     same(f"features of {backbone}, cosine {alike:.5f}", alike >= least)
-    same(f"caption on {backbone}", teller.caption(path, **PLAIN)[0].words == caption(own))
+    same(f"caption on {backbone}", storyteller.caption(path, **PLAIN)[0].words == caption(own))
     took = interleave(
         2 * s.rounds + 1,
-        lambda: teller.caption(path, **PLAIN),
+        lambda: storyteller.caption(path, **PLAIN),
         lambda: caption(features()),
-        lambda: teller.backbone(ready, 1),
+        lambda: storyteller.backbone(ready, 1),
     )
     return row(f"one photo, {backbone}", "ms", *(1000 * one for one in took), f"ours <= {most}")
 
@@ -515,7 +510,7 @@ def cider(m: Material, s: Sizes):
     most = max(s.scored, s.base[3] * s.growth[-1])
     drawn = random_captions(6 * most, 1)
     references = [drawn[6 * i : 6 * i + 5] for i in range(most)]
-    told = [group[0][:6] + drawn[6 * i + 5][:6] for i, group in enumerate(references)]
+    captions = [group[0][:6] + drawn[6 * i + 5][:6] for i, group in enumerate(references)]
 
     def theirs():
         texts = {
@@ -523,18 +518,18 @@ def cider(m: Material, s: Sizes):
             for i, group in enumerate(references[: s.scored])
         }
         return Cider().compute_score(
-            texts, {i: [" ".join(words)] for i, words in enumerate(told[: s.scored])}
+            texts, {i: [" ".join(words)] for i, words in enumerate(captions[: s.scored])}
         )[1]
 
     def ours(count):
-        return st.CiderD(references[:count]).score(told[:count])
+        return st.CiderD(references[:count]).score(captions[:count])
 
     same("CIDEr-D", np.abs(ours(s.scored) - theirs()).max() <= 1e-6)
     took = interleave(s.rounds, lambda: ours(s.scored), theirs)
     yield row(
         f"CIDEr-D of {s.scored:,} x 5", "ms", *(1000 * one for one in took), target="ratio >= 3"
     )
-    yield from growth("CIDEr-D", "photo", ours, s.base[3], s, FLICKR_TOLD, took[1] / s.scored)
+    yield from growth("CIDEr-D", "photo", ours, s.base[3], s, FLICKR_TESTED, took[1] / s.scored)
 
 
 def start(m: Material, s: Sizes):
@@ -546,7 +541,7 @@ def start(m: Material, s: Sizes):
         "import torch, numpy; mark()\nimport storyteller_utils as st; mark()\n"
         "st.Storyteller.from_pretrained(sys.argv[1]).backbone; mark()\nprint(*t)"
     )
-    folder = str(m.teller("resnet50", m.weights))
+    folder = str(m.storyteller("resnet50", m.weights))
     marks = [
         np.diff([float(mark) for mark in fresh_process(code, folder).split()])
         for _ in range(s.rounds)

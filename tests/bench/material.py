@@ -41,8 +41,7 @@ class Material:
         weight 1/4.
 
         With torchvision's own random weights, all features are alike; without the 1/4, rounding
-        grows from block to
-        block as it does in no trained network.
+        grows from block to block as it does in no trained network.
         """
         torch.manual_seed(0)
         network = baselines.models.resnet50().train()
@@ -52,15 +51,12 @@ class Material:
             if hasattr(module, "bn3"):
                 nn.init.constant_(module.bn3.weight, 0.25)
         with torch.no_grad():
-            network(
-                torch.stack(
-                    [baselines.Photos(self.photos, baselines.transform())[i][0] for i in range(4)]
-                )
-            )
+            photos = baselines.Photos(self.photos, baselines.transform())
+            network(torch.stack([photos[i][0] for i in range(4)]))
         torch.save(network.state_dict(), self.folder / "resnet50.pth")
         return str(self.folder / "resnet50.pth")
 
-    def teller(self, backbone: str, weights: str = "") -> Path:
+    def storyteller(self, backbone: str, weights: str = "") -> Path:
         """Save a captioner of random words on that backbone. Returns its folder."""
         loaded = st.load_backbone(backbone, weights).prepare(DEVICE, DTYPE)
         photos = torch.stack([st.preprocess(st.open_photo(path)) for path in self.some(8)])
@@ -83,9 +79,9 @@ class Material:
             "feature_mean": captioner.mean.tolist(),
             "feature_deviation": captioner.deviation.tolist(),
         }
-        teller = st.Storyteller(config, st.Vocab(st.SPECIAL + words()), captioner)
-        teller._backbone = loaded
-        teller.save_pretrained(self.folder / backbone)
+        storyteller = st.Storyteller(config, st.Vocab(st.SPECIAL + words()), captioner)
+        storyteller._backbone = loaded
+        storyteller.save_pretrained(self.folder / backbone)
         return self.folder / backbone
 
     def trainer(self, precision: str, photos: int) -> training.Trainer:
@@ -136,8 +132,7 @@ def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
     """Make a captioner of random weights that ends its captions after about 12 words.
 
     Its first hidden unit is a clock, which makes <end> likelier from word to word; the output is
-    scaled up, so that
-    words differ in probability as a trained captioner's do.
+    scaled up, so that words differ in probability as a trained captioner's do.
     """
     torch.manual_seed(0)
     captioner = st.Captioner(
@@ -145,17 +140,16 @@ def random_captioner(decoder: str, width: int, moments=None) -> st.Captioner:
     ).eval()
     d, hidden = captioner.decoder, 512
     gates = {name.removesuffix("_l0"): weight for name, weight in d.lstm.named_parameters()}
-    for gate, opening in enumerate(
-        (10, 10, 0.05, 10)
-    ):  # all gates open: the cell grows by 0.05 a word
+    # All gates open: the cell grows by 0.05 a word.
+    for gate, opening in enumerate((10, 10, 0.05, 10)):
         for weight in gates.values():
             weight[gate * hidden] = 0
         gates["bias_ih"][gate * hidden] = opening
-    for layer, unit in (
-        [(d.encoder, 0)]
-        if d.pooled
-        else [(d.init_state, 0), (d.init_state, hidden), (d.join[1], 0)]
-    ):
+    if d.pooled:
+        clocks = [(d.encoder, 0)]
+    else:
+        clocks = [(d.init_state, 0), (d.init_state, hidden), (d.join[1], 0)]
+    for layer, unit in clocks:
         layer.weight[unit] = layer.bias[unit] = 0
     if not d.pooled:
         d.join[1].weight[0, 0] = 1
