@@ -35,6 +35,7 @@ attention.attention_page(EXAMPLES[0], STORYTELLER.caption(EXAMPLES[0])[0])
 CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
 COLUMNS = ["photo", "caption", "score", "confidence", "problem"]
 WAITING = "*The caption will stand here.*"
+UNSURE = 0.3  # confidence below which a caption is a guess; page.js has it too
 
 # Kaggle has gradio 5.49, the Space 6: theme, css and hiding moved in between.
 NEW = int(gr.__version__.split(".")[0]) >= 6
@@ -67,9 +68,17 @@ def how_sure(confidence: float | None) -> str:
     """Return a confidence in words, as a bar and as a number; "" for None."""
     if confidence is None:
         return ""
-    words = "A guess" if confidence < 0.3 else "Probably" if confidence < 0.8 else "Sure"
+    words = "A guess" if confidence < UNSURE else "Probably" if confidence < 0.8 else "Sure"
     bar = round(10 * confidence)
     return f" · {words} {'▰' * bar}{'▱' * (10 - bar)} {confidence:.2f}"
+
+
+def other_captions(caption: st.Caption | None) -> str:
+    """Return a guess's other captions as Markdown; "" for a caption that is none, or has none."""
+    if caption is None or caption.confidence is None or caption.confidence >= UNSURE:
+        return ""
+    others = [f"- {text}" for text, _ in caption.alternatives[1:]]
+    return "\n".join(["I am not sure. It could also be:\n", *others]) if others else ""
 
 
 def caption(photo, method, beam_width, length_preference, temperature, seed=None):
@@ -96,8 +105,9 @@ def caption_if_any(photo, *options):
     return caption(photo, *options) if photo else (WAITING, [], "", None)
 
 
-def show_attention(photo, result):
-    return result and attention.attention_page(photo, result, PREPROCESSING)
+def show_details(photo, result):
+    page = result and attention.attention_page(photo, result, PREPROCESSING)
+    return other_captions(result), page
 
 
 def batch(photos, method, beam_width, progress=gr.Progress()):  # noqa: B008, how gradio has it
@@ -199,7 +209,8 @@ with gr.Blocks(
                 )
         with gr.Column(elem_id="right"):
             text, took = gr.Markdown(WAITING, elem_id="caption"), gr.Markdown(elem_id="took")
-            weights = gr.HTML(padding=False)
+            others = gr.Markdown(elem_id="others")
+            weights = gr.HTML(padding=False, elem_id="weights")
             best = gr.Dataframe(
                 headers=["The best captions", "Score"],
                 datatype=["str", "number"],
@@ -225,12 +236,11 @@ with gr.Blocks(
         button.click(caption, asked, shown, api_name="caption"),
         gr.on(changes, caption_if_any, asked, shown, trigger_mode="always_last", **HIDDEN),
     ):
-        event.then(show_attention, [photo, captioned], weights, **HIDDEN)
+        event.then(show_details, [photo, captioned], [others, weights], **HIDDEN)
     many.click(batch, [photos, *decoding], [sheet, saved], api_name="batch")
     # A screen reader speaks what changes inside a live region that was there before the change.
-    demo.load(
-        None, js="() => document.getElementById('caption').setAttribute('aria-live', 'polite')"
-    )
+    speak = "id => document.getElementById(id).setAttribute('aria-live', 'polite')"
+    demo.load(None, js=f"() => ['caption', 'others'].forEach({speak})")
 demo.queue(max_size=20, default_concurrency_limit=1)
 
 if __name__ == "__main__":

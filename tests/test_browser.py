@@ -123,6 +123,37 @@ def test_another_decoding_gives_another_caption(open_page, app):
     expect(rows).to_have_count(1, timeout=15_000)
 
 
+@pytest.mark.parametrize("confidence", [0.1, 0.9])
+def test_a_guess_shows_the_other_captions_above_its_details(
+    open_page, app, monkeypatch, confidence
+):
+    real = app.STORYTELLER.caption
+    monkeypatch.setattr(
+        app.STORYTELLER,
+        "caption",
+        lambda photos, **options: [
+            dataclasses.replace(caption, confidence=confidence)
+            for caption in real(photos, **options)
+        ],
+    )
+    page = open_page()
+    give(page, CAT)
+    page.locator(".attention .strip").wait_for(timeout=15_000)
+    others = page.locator("#others")
+    if confidence > 0.3:
+        expect(others).to_be_hidden()
+        return
+    expect(others).to_contain_text("I am not sure. It could also be:")
+    texts = [text for text, _ in real([CAT])[0].alternatives[1:]]
+    expect(others.locator("li")).to_have_text(texts)
+    assert bottom(others) <= page.locator(".attention").bounding_box()["y"]
+
+
+def bottom(locator):
+    box = locator.bounding_box()
+    return box["y"] + box["height"]
+
+
 def test_a_word_shows_its_attention_on_the_photo(open_page):
     page = open_page()
     give(page, COFFEE)

@@ -58,6 +58,16 @@ def test_the_page_says_how_sure_a_caption_is(app):
     assert app.how_sure(None) == ""
 
 
+def test_a_guess_offers_the_other_captions_and_a_sure_caption_does_not(app):
+    caption = st.Caption("A dog.", -1.0, ["a", "dog"], [("A dog.", -1.0), ("A cat.", -1.2)])
+    unsure = dataclasses.replace(caption, confidence=0.29)
+    assert app.other_captions(unsure) == "I am not sure. It could also be:\n\n- A cat."
+    for confidence in (0.3, None):
+        assert app.other_captions(dataclasses.replace(caption, confidence=confidence)) == ""
+    alone = dataclasses.replace(unsure, alternatives=unsure.alternatives[:1])
+    assert app.other_captions(alone) == app.other_captions(None) == ""
+
+
 def test_every_control_reaches_the_search(client, app, monkeypatch):
     seen = {}
     real = app.STORYTELLER.caption

@@ -428,6 +428,24 @@ def test_a_word_shows_its_attention_by_pointer_and_by_keyboard(open_static):
 
 
 @needs_browser
+def test_a_guess_shows_the_other_captions_above_its_details(open_static, storyteller):
+    page = open_static()
+    unsure = page.locator("#unsure")
+    for name in ("cat.jpg", "photographer.jpg", "cat.jpg"):
+        photo = ROOT / "space/examples" / name
+        caption = storyteller.caption(photo)[0]
+        give(page, photo)
+        see_caption(page, caption.text)
+        if caption.confidence >= 0.3:
+            expect(unsure).to_be_hidden()
+            continue
+        expect(unsure).to_contain_text("I am not sure. It could also be:")
+        expect(unsure.locator("li")).to_have_text([text for text, _ in caption.alternatives[1:]])
+        box = unsure.bounding_box()
+        assert box["y"] + box["height"] <= page.locator("#words").bounding_box()["y"]
+
+
+@needs_browser
 def test_several_photos_give_a_table_and_a_csv_and_go_on_past_a_broken_one(
     open_static, storyteller, tmp_path
 ):

@@ -5,6 +5,7 @@ const waiting = new Map(); // id of a message -> how its promise ends
 const photos = []; // of the table: {name, blob, url, result, problem, row}
 let shown; // the photo on the stage
 let captioner; // what the worker says of it
+const UNSURE = 0.3; // confidence below which a caption is a guess; app.py has it too
 
 // The worker -----------------------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ async function show(photo) {
 // A confidence in words, as a bar and as a number, as the Gradio page has it.
 function howSure(confidence) {
   if (confidence === undefined) return '';
-  const words = confidence < 0.3 ? 'A guess' : confidence < 0.8 ? 'Probably' : 'Sure';
+  const words = confidence < UNSURE ? 'A guess' : confidence < 0.8 ? 'Probably' : 'Sure';
   const bar = Math.round(10 * confidence);
   return ` · ${words} ${'▰'.repeat(bar)}${'▱'.repeat(10 - bar)} ${confidence.toFixed(2)}`;
 }
@@ -171,7 +172,7 @@ function say(text, kind = '') {
 }
 
 function clearResult() {
-  $('veil').hidden = $('words').hidden = $('others').hidden = true;
+  for (const id of ['veil', 'unsure', 'words', 'others']) $(id).hidden = true;
   $('note').textContent = '';
 }
 
@@ -190,7 +191,15 @@ function showResult() {
   const rows = result.alternatives.map(({text, score}) => bodyRow(text, score.toFixed(3)));
   $('others').querySelector('tbody').replaceChildren(...rows);
   $('others').hidden = false;
+  if (result.confidence < UNSURE) showOthers(result.alternatives.slice(1));
   if (result.attention.length) showWords(result);
+}
+
+// A guess's other captions come first: one of them may be right.
+function showOthers(alternatives) {
+  const items = alternatives.map(({text}) => element('li', {lang: captioner.language}, text));
+  $('unsure').querySelector('ul').replaceChildren(...items);
+  $('unsure').hidden = !items.length;
 }
 
 // Attention ------------------------------------------------------------------------------------------
