@@ -28,7 +28,7 @@ import storyteller_utils as st  # noqa: E402
 MODEL = Path(os.environ.get("MODEL") or HERE / "model")
 STORYTELLER = st.Storyteller.from_pretrained(MODEL)
 TRAINED_ON, PREPROCESSING = STORYTELLER.config["dataset"], STORYTELLER.config["preprocessing"]
-MAX_PHOTOS = 50
+MAX_PHOTOS, MAX_WORDS_CHARS, MAX_CHARS = 50, 100, 1000
 EXAMPLES = sorted(str(p) for p in (HERE / "examples").iterdir() if p.suffix in (".jpg", ".png"))
 # Loads now what the first visitor would wait for.
 attention.attention_page(EXAMPLES[0], STORYTELLER.caption(EXAMPLES[0])[0])
@@ -70,7 +70,8 @@ def how_sure(confidence: float | None) -> str:
         return ""
     words = "A guess" if confidence < UNSURE else "Probably" if confidence < 0.8 else "Sure"
     bar = round(10 * confidence)
-    return f" · {words} {'▰' * bar}{'▱' * (10 - bar)} {confidence:.2f}"
+    said = f"{words} {'▰' * bar}{'▱' * (10 - bar)} {confidence:.2f}"
+    return " · " + said.replace(" ", "\N{NO-BREAK SPACE}")  # a phone breaks the line before it
 
 
 def other_captions(caption: st.Caption | None) -> str:
@@ -81,10 +82,26 @@ def other_captions(caption: st.Caption | None) -> str:
     return "\n".join(["I am not sure. It could also be:\n", *others]) if others else ""
 
 
-def caption(photo, method, beam_width, length_preference, temperature, seed=None):
+def caption(
+    photo,
+    method,
+    beam_width,
+    length_preference,
+    temperature,
+    seed=None,
+    start="",
+    must="",
+    never="",
+    max_chars=0,
+):
     """Caption one photo: its caption, the best ones with their scores, time and confidence."""
     if not photo:
         raise gr.Error("Please choose a photo first.", print_exception=False)
+    words = {"start": start or "", "must": must or "", "never": never or ""}
+    for name, text in words.items():
+        if len(text) > MAX_WORDS_CHARS:
+            long = f"{name} has {len(text)} characters; it may have {MAX_WORDS_CHARS}."
+            raise gr.Error(long, print_exception=False)
     began = time.perf_counter()
     (result,) = STORYTELLER.caption_each(
         [photo],
@@ -93,6 +110,8 @@ def caption(photo, method, beam_width, length_preference, temperature, seed=None
         length_preference=length_preference,
         temperature=temperature,
         seed=random.getrandbits(31) if seed is None else int(seed),
+        **words,
+        max_chars=int(max_chars or 0),
     )
     if isinstance(result, str):
         raise gr.Error(result, print_exception=False)
@@ -146,6 +165,28 @@ def controls():
     )
 
 
+def more_controls():
+    """Return the controls of how a caption begins, its words and its length."""
+    asked = {
+        "It begins with": "two dogs",
+        "It has these words": "grass",
+        "It has none of these": "man woman boy girl",
+    }
+    texts = [
+        gr.Textbox("", label=label, placeholder=example, max_length=MAX_WORDS_CHARS)
+        for label, example in asked.items()
+    ]
+    most = gr.Number(
+        0,
+        precision=0,
+        minimum=0,
+        maximum=MAX_CHARS,
+        label="Characters at most",
+        info="125 for alt text; 0 for any number",
+    )
+    return [*texts, most]
+
+
 def introduction():
     if TRAINED_ON["sample"]:
         trained = "**Trained on drawings only: it will be wrong about photos.**"
@@ -163,7 +204,17 @@ def about():
     )
 
 
-with gr.Blocks(
+class Page(gr.Blocks):
+    def validate_inputs(self, block_fn, inputs):
+        """Give a call that leaves out its last arguments their defaults: curl's from before "More".
+
+        Gradio does so for its own client only.
+        """
+        inputs += [block.value for block in block_fn.inputs[len(inputs) :]]
+        super().validate_inputs(block_fn, inputs)
+
+
+with Page(
     title="Neural Storyteller",
     delete_cache=(120, 1200),
     analytics_enabled=False,
@@ -207,6 +258,8 @@ with gr.Blocks(
                     label="Seed",
                     info="sampling: empty for another caption each time",
                 )
+            with gr.Accordion("More", open=False, elem_id="more"):
+                steering = more_controls()
         with gr.Column(elem_id="right"):
             text, took = gr.Markdown(WAITING, elem_id="caption"), gr.Markdown(elem_id="took")
             others = gr.Markdown(elem_id="others")
@@ -229,9 +282,10 @@ with gr.Blocks(
         saved = gr.File(label="The same as CSV", height=100)
     with gr.Tab("About"):
         gr.Markdown(about())
-    asked = [photo, method, width, length, heat, seed]
+    asked = [photo, method, width, length, heat, seed, *steering]
     shown = [text, best, took, captioned]
     changes = [photo.change, method.input, width.release, length.release, heat.release]
+    changes += [control.submit for control in steering]
     for event in (
         button.click(caption, asked, shown, api_name="caption"),
         gr.on(changes, caption_if_any, asked, shown, trigger_mode="always_last", **HIDDEN),

@@ -154,6 +154,21 @@ def bottom(locator):
     return box["y"] + box["height"]
 
 
+def test_the_closed_part_holds_the_words_that_a_caption_must_have(open_page):
+    page = open_page()
+    words = page.get_by_label("It has these words")
+    expect(words).to_be_hidden()
+    page.get_by_text("More", exact=True).click()
+    give(page, CAT)
+    caption_of(page).wait_for(timeout=15_000)
+    words.fill("snow")
+    words.press("Enter")
+    expect(caption_of(page)).to_contain_text("snow", timeout=15_000)
+    words.fill("zebra")
+    words.press("Enter")
+    see(page, "The captioner does not know zebra")
+
+
 def test_a_word_shows_its_attention_on_the_photo(open_page):
     page = open_page()
     give(page, COFFEE)

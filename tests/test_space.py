@@ -53,7 +53,7 @@ def test_the_page_shows_what_the_captioner_generates(client, app):
 
 
 def test_the_page_says_how_sure_a_caption_is(app):
-    assert app.how_sure(0.24) == " · A guess ▰▰▱▱▱▱▱▱▱▱ 0.24"
+    assert app.how_sure(0.24) == " · A\xa0guess\xa0▰▰▱▱▱▱▱▱▱▱\xa00.24"
     assert "Probably" in app.how_sure(0.3) and "Sure" in app.how_sure(0.8)
     assert app.how_sure(None) == ""
 
@@ -82,6 +82,10 @@ def test_every_control_reaches_the_search(client, app, monkeypatch):
         "length_preference": 1.1,
         "temperature": 0.5,
         "seed": 4,
+        "start": "a dog",
+        "must": "",
+        "never": "red bird",
+        "max_chars": 60,
     }
     client.predict(photo(CAT), **asked, api_name="/caption")
     assert seen == asked
@@ -92,7 +96,43 @@ def test_every_control_reaches_the_search(client, app, monkeypatch):
         "length_preference": st.Decoding.length_preference,
         "temperature": 1,
         "seed": 0,
+        "start": "",
+        "must": "",
+        "never": "",
+        "max_chars": 0,
     }
+
+
+def test_a_caption_begins_with_has_and_lacks_the_words_asked_for(client):
+    how = {"start": "two men", "must": "snow", "never": "red", "max_chars": 60}
+    text, best, _ = client.predict(photo(CAT), **how, api_name="/caption")
+    words = text.lower().strip(".").split()
+    assert words[:2] == ["two", "men"]
+    assert "snow" in words and "red" not in words and len(text) <= 60 and best["data"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"must": "zebra"}, "The captioner does not know zebra"),
+        ({"must": "snow", "never": "snow"}, "snow: asked for by start or must, and forbidden"),
+        ({"max_chars": 5}, "max_chars=5 leaves no room"),
+        ({"max_chars": 1001}, "1000"),
+        ({"start": "a " * 51}, "start has 102 characters; it may have 100"),
+        ({"method": "sample", "must": "snow"}, "must"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_caption_is_said_in_a_sentence(client, asked, says):
+    with pytest.raises(Exception, match=says) as refused:
+        client.predict(photo(CAT), **asked, api_name="/caption")
+    assert "Traceback" not in str(refused.value)
+
+
+def test_calls_that_know_nothing_of_words_and_characters_still_work(client):
+    """The other such call is the README's, by curl."""
+    expected = client.predict(photo(CAT), api_name="/caption")[0]
+    old = client.predict(photo(CAT), "beam", 5, 0.9, 1.0, None, api_name="/caption")
+    assert old[0] == expected
 
 
 def test_a_batch_gives_a_table_and_a_csv_and_goes_on_past_a_broken_photo(client, app, tmp_path):

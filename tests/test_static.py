@@ -323,7 +323,7 @@ def test_the_browser_gives_the_modules_captions_and_alternatives(open_static, st
         words = page.locator("#words label").all_inner_texts()
         assert words == caption.words
         expect(page.locator("#note")).to_have_text(
-            re.compile(r"in \d+\.\d\d s on this device · .* ▰*▱* \d\.\d\d")
+            re.compile(r"in \d+\.\d\d s on this device · .*\s▰*▱*\s\d\.\d\d")
         )
 
 

@@ -163,7 +163,8 @@ function howSure(confidence) {
   if (confidence === undefined) return '';
   const words = confidence < UNSURE ? 'A guess' : confidence < 0.8 ? 'Probably' : 'Sure';
   const bar = Math.round(10 * confidence);
-  return ` · ${words} ${'▰'.repeat(bar)}${'▱'.repeat(10 - bar)} ${confidence.toFixed(2)}`;
+  const said = `${words} ${'▰'.repeat(bar)}${'▱'.repeat(10 - bar)} ${confidence.toFixed(2)}`;
+  return ` · ${said.replaceAll(' ', '\u00a0')}`; // a phone breaks the line before it
 }
 
 function say(text, kind = '') {
