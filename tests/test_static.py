@@ -5,6 +5,7 @@ import csv
 import re
 import shutil
 import struct
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,9 @@ def test_in_8_bits_the_graphs_are_half_as_large(export, tiny_model, tmp_path, ca
     # EfficientNet-Lite0 has 3.4 million weights in its convolutions.
     assert sum(path.stat().st_size for path in tmp_path.glob("*.onnx")) < 4_000_000
     assert st.read_json(tmp_path / "captioner.json")["precision"] == "int8"
-    assert re.search(r"for \d+ of 27 photos", capsys.readouterr().out)
+    # Scores differ in the third digit, which says nothing about the captions.
+    equal = re.search(r"for (\d+) of 27 photos", capsys.readouterr().out)[1]
+    assert int(equal) >= 5
 
 
 def test_graphs_that_caption_otherwise_are_refused(export, tiny_model, tmp_path, monkeypatch):
@@ -325,6 +328,15 @@ def test_the_browser_gives_the_modules_captions_and_alternatives(open_static, st
         expect(page.locator("#note")).to_have_text(
             re.compile(r"in \d+\.\d\d s on this device · .*\s▰*▱*\s\d\.\d\d")
         )
+
+
+@needs_browser
+def test_a_photo_takes_well_under_a_second_on_a_quiet_machine(open_static):
+    sys.path.append(str(ROOT / "tests/bench"))
+    import browser
+
+    # On a busy one it takes longer: the best of some, and a bound ten times as high.
+    assert min(browser.seconds_of_photos(open_static(), 5)) < 3
 
 
 @needs_browser
