@@ -154,8 +154,8 @@ def build_static_space(model_dir: Path | str, out_dir: Path | str, int8: bool = 
     Returns `out_dir`. ArtifactError for what is missing, for a captioner that cannot be exported or
     captions otherwise once it is, and for an `out_dir` that holds something else.
     """
-    out, browser = Path(out_dir), find_browser()
     _check_packages()
+    out, browser = Path(out_dir), find_browser()
     sys.path.append(str(browser))
     import export
 
@@ -194,10 +194,22 @@ def find_browser() -> Path:
 
 def _check_packages() -> None:
     lacking = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise st.ArtifactError(
-            f"{', '.join(lacking)} must be installed first: pip install {' '.join(EXPORT_PACKAGES)}"
-        )
+    if not lacking:
+        return
+    install = f"pip install {' '.join(EXPORT_PACKAGES)}"
+    if not st.kaggle_input():
+        raise st.ArtifactError(f"{', '.join(lacking)} must be installed first: {install}")
+    try:
+        find_browser()
+        dataset = ""
+    except st.ArtifactError:
+        dataset = ", and add the repository's folder space/browser as a dataset"
+    raise st.ArtifactError(
+        f"{', '.join(lacking)} must be installed first: switch the internet on (Settings) and run "
+        f"%{install} in a cell above this one (without internet, add a dataset with the wheels "
+        f"that pip download {' '.join(EXPORT_PACKAGES)} fetches elsewhere, and run it with "
+        f"--no-index --find-links=/kaggle/input/DATASET){dataset}."
+    )
 
 
 def _write_build(out: Path, contents: dict[str, bytes], entry: str) -> None:

@@ -200,12 +200,40 @@ def test_what_a_static_space_lacks_is_said_in_a_sentence(tmp_path, monkeypatch, 
     assert "pip install onnx absent_onnxscript" in capsys.readouterr().out
     monkeypatch.setattr(publish, "HERE", tmp_path)
     inputs = tmp_path / "input"
+    inputs.mkdir()
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(inputs))
     assert publish.build_static_if_possible(ROOT / "space/model", tmp_path / "static") is None
     assert "add the repository's folder space/browser as a dataset" in capsys.readouterr().out
     attached = inputs / "datasets/me/browser-files/browser"
     shutil.copytree(ROOT / "space/browser", attached)
     assert publish.find_browser() == attached
+
+
+def test_on_kaggle_one_sentence_says_what_to_install_and_what_to_attach(
+    tmp_path, monkeypatch, capsys
+):
+    real = publish.importlib.util.find_spec
+    hidden = ("onnx", "onnxscript")
+    monkeypatch.setattr(
+        publish.importlib.util,
+        "find_spec",
+        lambda name, *given: None if name in hidden else real(name, *given),
+    )
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    inputs = tmp_path / "input"
+    inputs.mkdir()
+    monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(inputs))
+    build = partial(publish.build_static_if_possible, ROOT / "space/model", tmp_path / "static")
+    assert build() is None
+    said = capsys.readouterr().out
+    assert said.startswith("No static Space: onnx, onnxscript must be installed first")
+    for part in ("%pip install onnx onnxscript onnxruntime", "internet on", "--find-links"):
+        assert part in said
+    assert said.endswith("add the repository's folder space/browser as a dataset.\n")
+    assert ". " not in said and said.count("\n") == 1
+    shutil.copytree(ROOT / "space/browser", inputs / "files/browser")
+    assert build() is None
+    assert "as a dataset.\n" not in capsys.readouterr().out
 
 
 def test_the_front_matter_is_what_the_hub_reads():
