@@ -29,7 +29,11 @@ MODEL = Path(os.environ.get("MODEL") or HERE / "model")
 STORYTELLER = st.Storyteller.from_pretrained(MODEL)
 TRAINED_ON, PREPROCESSING = STORYTELLER.config["dataset"], STORYTELLER.config["preprocessing"]
 MAX_PHOTOS, MAX_WORDS_CHARS, MAX_CHARS = 50, 100, 1000
-EXAMPLES = sorted(str(p) for p in (HERE / "examples").iterdir() if p.suffix in (".jpg", ".png"))
+LEARNED = {"dog.jpg", "photographer.jpg"}  # of the examples: what its photos show; page.js too
+EXAMPLES = sorted(
+    (str(p) for p in (HERE / "examples").iterdir() if p.suffix in (".jpg", ".png")),
+    key=lambda path: (Path(path).name not in LEARNED, path),
+)
 # Loads now what the first visitor would wait for.
 attention.attention_page(EXAMPLES[0], STORYTELLER.caption(EXAMPLES[0])[0])
 CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
@@ -187,6 +191,16 @@ def more_controls():
     return [*texts, most]
 
 
+def example_groups() -> list[tuple[str, list[str]]]:
+    """Return the labels of the example photos and those under each."""
+    learned = [path for path in EXAMPLES if Path(path).name in LEARNED]
+    others = [path for path in EXAMPLES if path not in learned]
+    return [
+        ("Or take what it has learned: people, dogs, sport, water", learned),
+        ("or what it has not: it guesses", others),
+    ]
+
+
 def introduction():
     if TRAINED_ON["sample"]:
         trained = "**Trained on drawings only: it will be wrong about photos.**"
@@ -233,7 +247,9 @@ with Page(
             # The file as it was sent: gradio would encode again what it opens.
             photo.preprocess = lambda image: image and image.path
             button = gr.Button("Caption this photo", variant="primary")
-            gr.Examples(EXAMPLES, photo, label="Or take one of these", elem_id="examples")
+            with gr.Column(elem_id="examples"):
+                for label, part in example_groups():
+                    gr.Examples(part, photo, label=label)
             with gr.Accordion("Decoding", open=False, elem_id="decoding"):
                 method, width = controls()
                 length = gr.Slider(

@@ -68,6 +68,18 @@ def test_a_guess_offers_the_other_captions_and_a_sure_caption_does_not(app):
     assert app.other_captions(alone) == app.other_captions(None) == ""
 
 
+def test_every_example_is_in_one_of_two_groups_that_say_what_to_expect(app):
+    (learned, first), (guessed, rest) = app.example_groups()
+    assert "it has learned" in learned and "it guesses" in guessed
+    assert [*first, *rest] == app.EXAMPLES and {Path(p).name for p in first} == app.LEARNED
+    script = (ROOT / "space/browser/page.js").read_text(encoding="utf-8")
+    assert set(re.findall(r"'(\w+\.jpg)'", script.split("LEARNED = ")[1].split("\n")[0])) == (
+        app.LEARNED
+    )
+    credits = (ROOT / "space/examples/README.md").read_text(encoding="utf-8")
+    assert all(f"`{Path(path).name}`" in credits for path in app.EXAMPLES)
+
+
 def test_every_control_reaches_the_search(client, app, monkeypatch):
     seen = {}
     real = app.STORYTELLER.caption

@@ -71,7 +71,7 @@ def test_every_decoder_gives_the_modules_captions_as_onnx(
 ):
     model = save_captioner(tmp_path / "model", tiny_model, decoder, regions, sizes)
     export.export(model, tmp_path / "out", photos=ROOT / "space/examples")  # compares captions
-    assert "for 27 of 27 photos" in capsys.readouterr().out
+    assert "for 28 of 28 photos" in capsys.readouterr().out
     assert listing(tmp_path / "out") == ["README.md", "captioner.json", "encoder.onnx", "step.onnx"]
 
 
@@ -81,7 +81,7 @@ def test_in_8_bits_the_graphs_are_half_as_large(export, tiny_model, tmp_path, ca
     assert sum(path.stat().st_size for path in tmp_path.glob("*.onnx")) < 4_000_000
     assert st.read_json(tmp_path / "captioner.json")["precision"] == "int8"
     # Scores differ in the third digit, which says nothing about the captions.
-    equal = re.search(r"for (\d+) of 27 photos", capsys.readouterr().out)[1]
+    equal = re.search(r"for (\d+) of 28 photos", capsys.readouterr().out)[1]
     assert int(equal) >= 5
 
 
@@ -356,6 +356,20 @@ def test_the_browser_gives_the_modules_captions_and_alternatives(open_static, st
         expect(page.locator("#note")).to_have_text(
             re.compile(r"in \d+\.\d\d s on this device · .*\s▰*▱*\s\d\.\d\d")
         )
+
+
+@needs_browser
+def test_the_examples_say_what_it_has_learned_and_what_not(open_static, storyteller):
+    page = open_static()
+    groups = page.locator("#examples > div")
+    expect(groups.nth(0)).to_contain_text("What it has learned")
+    expect(groups.nth(1)).to_contain_text("What it has not: it guesses")
+    assert groups.count() == 2
+    alts = groups.nth(0).locator("img").evaluate_all("all => all.map(image => image.alt)")
+    assert alts == ["Example: dog", "Example: photographer"]
+    for name in ("dog.jpg", "photographer.jpg"):
+        assert storyteller.caption(ROOT / "space/examples" / name)[0].confidence >= 0.3
+    assert "brown and black dog" in storyteller.caption(ROOT / "space/examples/dog.jpg")[0].text
 
 
 @needs_browser

@@ -5,6 +5,7 @@ const waiting = new Map(); // id of a message -> how its promise ends
 const photos = []; // of the table: {name, blob, url, result, problem, row}
 let shown; // the photo on the stage
 let captioner; // what the worker says of it
+const LEARNED = new Set(['dog.jpg', 'photographer.jpg']); // what its photos show; app.py too
 const UNSURE = 0.3; // confidence below which a caption is a guess; app.py has it too
 
 // The worker -----------------------------------------------------------------------------------------
@@ -52,7 +53,10 @@ function describe({dataset, decoding, facts, language, precision, examples}) {
     + `${facts.vocabulary.toLocaleString('en')} words`
     + (precision === 'int8' ? ', its weights in 8 bits: some captions differ.' : '.');
   if (facts.scores) $('scores').append(`Scores on ${facts.scored_on}:`, scoreTable(facts.scores));
-  for (const name of examples) $('examples').append(exampleButton(name));
+  const learned = examples.filter(name => LEARNED.has(name));
+  const others = examples.filter(name => !LEARNED.has(name));
+  showExamples('What it has learned: people, dogs, sport, water', learned);
+  showExamples('What it has not: it guesses', others);
   $('examples').hidden = !examples.length;
 }
 
@@ -64,6 +68,12 @@ function scoreTable(scores) {
   }
   table.append(body);
   return table;
+}
+
+function showExamples(label, names) {
+  const row = element('div', {className: 'row'}, ...names.map(exampleButton));
+  const group = element('div', {role: 'group', ariaLabel: label}, element('p', {className: 'quiet'}, label), row);
+  if (names.length) $('examples').append(group);
 }
 
 function exampleButton(name) {
