@@ -1,5 +1,8 @@
-"""Run stages in tests as their notebooks do, with the defaults of their parameter cells."""
+"""Run stages in tests as their notebooks do, or the notebooks themselves."""
 
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,14 @@ CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+]
+
+
+PAPERMILL = [
+    Path(sys.executable).with_name("papermill"),
+    "--no-progress-bar",
+    "--execution-timeout",
+    "600",
 ]
 
 
@@ -39,3 +50,20 @@ def parameters(stage: str, **changes) -> dict:
 def begin_stage(stage: str, **changes) -> st.Run:
     """Start a stage with its notebook's parameters, but for `changes`."""
     return st.start(stage, parameters(stage, **changes))
+
+
+def copy_project(folder):
+    """Copy what the notebooks need into an empty folder, as a user has it."""
+    for name in ("notebooks", "space"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "storyteller_utils.py", folder)
+
+
+def papermill(folder, stage, **parameters):
+    """Run a stage's notebook in a copied project; AssertionError with the end of its log."""
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    notebook = f"notebooks/{stage}.ipynb"
+    done = subprocess.run(
+        [*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ from faults import Ground, can_mount
 import storyteller_utils as st
 
 FEW = {
-    **{f"kill-{stage}-{i}": ("kill", stage) for stage in st.STAGES for i in range(2)},
+    **{f"kill-{stage}": ("kill", stage) for stage in st.STAGES},
     "two-02_vocab": ("two", "02_vocab"),
     "leftover-01": ("leftover", "01_extract_features"),
     "full-01": ("full", "01_extract_features"),

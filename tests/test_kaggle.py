@@ -21,14 +21,9 @@ from local_kaggle import LocalKaggle
 
 import sample
 import storyteller_utils as st
+from support import PAPERMILL
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERMILL = [
-    Path(sys.executable).with_name("papermill"),
-    "--no-progress-bar",
-    "--execution-timeout",
-    "300",
-]
 SLUGS = {stage: f"me/neural-storyteller-{stage.replace('_', '-')}" for stage in st.STAGES}
 METADATA = {
     stage: json.loads((ROOT / "kaggle" / stage / "kernel-metadata.json").read_text())

@@ -1,12 +1,8 @@
-"""The five notebooks by papermill, in an empty folder, on the drawn sample.
-
-And a small run on real photos.
-"""
+"""The five notebooks by papermill, in an empty folder, on the drawn sample."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,34 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 import storyteller_utils as st
+from support import copy_project, papermill
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSED = "in every reference, not said"
 TOKEN = "hf_thisTokenMustShowUpNowhere"
-PAPERMILL = [
-    Path(sys.executable).with_name("papermill"),
-    "--no-progress-bar",
-    "--execution-timeout",
-    "600",
-]
-
-
-def copy_project(folder):
-    for name in ("notebooks", "space"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "storyteller_utils.py", folder)
-
-
-def papermill(folder, stage, **parameters):
-    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    notebook = f"notebooks/{stage}.ipynb"
-    done = subprocess.run(
-        [*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -305,89 +280,3 @@ def test_the_stored_notebooks_show_what_they_still_print(executed):
                 assert [o.get("text", o.get("data")) for o in one.outputs] == [
                     o.get("text", o.get("data")) for o in other.outputs
                 ]
-
-
-SQUARES = {
-    "zh": ("一个{}色的方块在{}边", {"red": "红", "blue": "蓝"}, {"left": "左", "right": "右"}),
-    "ar": (
-        "مربع {} على {}",
-        {"red": "أحمر", "blue": "أزرق"},
-        {"left": "اليسار", "right": "اليمين"},
-    ),
-}
-
-
-def draw_squares(folder, language):
-    """Forty photos of a red or blue square at the left or right, each with two captions."""
-    sentence, colours, sides = SQUARES[language]
-    rows = ["image,caption"]
-    for i in range(40):
-        colour, side = list(colours)[i % 2], list(sides)[i // 2 % 2]
-        photo = Image.new("RGB", (96, 64), "white")
-        photo.paste(
-            colour, (8 + 48 * (side == "right"), 12 + i % 5, 40 + 48 * (side == "right"), 44)
-        )
-        photo.save(folder / f"{i:02}.png")
-        said = sentence.format(colours[colour], sides[side])
-        rows += [f"{i:02}.png,{said}", f"{i:02}.png,{said}"]
-    (folder / "captions.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
-@pytest.mark.parametrize("language", list(SQUARES))
-def test_captions_in_other_scripts_go_through_all_notebooks(language, tmp_path, monkeypatch):
-    (tmp_path / "squares").mkdir()
-    draw_squares(tmp_path / "squares", language)
-    copy_project(tmp_path)
-    given = {"dataset_dir": "squares"}
-    papermill(tmp_path, "01_extract_features", **given, backbone="efficientnet_lite0")
-    papermill(tmp_path, "02_vocab", **given, language=language, min_count=1)
-    papermill(tmp_path, "03_train_dual_t4", **given, epochs=30, batch_size=16)
-    papermill(tmp_path, "04_evaluate", **given, split="val")
-    outputs = tmp_path / "outputs"
-    sentence, colours, sides = SQUARES[language]
-    people = {
-        st.detokenize(st.tokenize(sentence.format(colour, side), language))
-        for colour in colours.values()
-        for side in sides.values()
-    }
-    told = pd.read_csv(outputs / "04_evaluate/captions.csv")
-    assert set(told["beam"]) <= people and (told["CIDEr-D"] > 0).any()
-    assert all(text.endswith("\u3002") and " " not in text for text in people) == (language == "zh")
-    model = outputs / "03_train_dual_t4/model"
-    config = json.loads((model / "config.json").read_text())
-    assert config["language"] == language and set(config["calibration"])
-    assert f"\nlanguage: {language}\n" in (model / "README.md").read_text(encoding="utf-8")
-    scores = json.loads((outputs / "04_evaluate/scores.json").read_text())
-    assert {"no WordNet" in row["METEOR label"] for row in scores["rows"].values()} == {True}
-
-
-def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
-    """Four hundred photos of Flickr8k, ResNet50, two epochs.
-
-    Far from good, but it looks at the photo.
-    """
-    copy_project(tmp_path)
-    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 400}
-    papermill(
-        tmp_path,
-        "01_extract_features",
-        backbone="resnet50",
-        backbone_weights=shared / "weights" / "resnet50_stride_in_1x1.safetensors",
-        **photos,
-    )
-    papermill(tmp_path, "02_vocab", **photos)
-    papermill(
-        tmp_path,
-        "03_train_dual_t4",
-        dataset_dir=photos["dataset_dir"],
-        epochs=2,
-        batch_size=16,
-        learning_rate=0.002,
-    )
-    papermill(tmp_path, "04_evaluate", dataset_dir=photos["dataset_dir"])
-    rows = json.loads((tmp_path / "outputs/04_evaluate/scores.json").read_text())["rows"]
-    assert (
-        rows["beam search, width 5"]["CIDEr-D"]["value"]
-        > rows["constant caption"]["CIDEr-D"]["value"]
-    )
-    assert (tmp_path / "outputs/03_train_dual_t4/model/backbone.safetensors").stat().st_size > 40e6
