@@ -6,17 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from faults import Ground, can_mount
 
-import storyteller_utils as st
-
 FEW = {
-    **{f"kill-{stage}": ("kill", stage) for stage in st.STAGES},
+    "kill-01": ("kill", "01_extract_features"),
+    "kill-03": ("kill", "03_train_dual_t4"),
     "two-02_vocab": ("two", "02_vocab"),
     "leftover-01": ("leftover", "01_extract_features"),
-    "full-01": ("full", "01_extract_features"),
     "full-03": ("full", "03_train_dual_t4"),
     "read-only-04": ("read_only", "04_evaluate"),
-    "damaged-01": ("damaged", "01_extract_features", "features.npy"),
-    "damaged-02": ("damaged", "02_vocab", "vocab.json"),
     "damaged-03": ("damaged", "03_train_dual_t4", "model/model.safetensors"),
     "damaged-manifest": ("damaged", "02_vocab", "manifest.json"),
 }

@@ -42,5 +42,5 @@ def test_the_gpu_script_goes_through_its_steps_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = (tmp_path / "outputs/gpu/report.md").read_text()
-    assert all(f"| original, {name}" in report for name in ("float16", "bfloat16", "float32"))
+    assert "| original, float16" in report and "| original, two processes" in report
     assert "best, float16, resumed" in report and "left out" not in report
