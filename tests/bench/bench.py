@@ -275,6 +275,28 @@ def decoding(m: Material, s: Sizes):
     torch.set_num_threads(threads)
 
 
+def check_losses(model, pairs, batch, exact, trainer) -> None:
+    """Hold the loss of both trainers on a batch against the baseline's on the same captions."""
+    with torch.no_grad():
+        features, ids = (
+            torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in batch), strict=True)
+        )
+        loss = float(baselines.loss(model, features, ids))
+    for one, within in ((exact, 1e-5), (trainer, 0.01 if HALF else 1e-5)):
+        examples = one.objective.draw(batch, batch, 1.0)
+        with torch.no_grad(), one.autocast():
+            likelihood = one.captioner(examples.features, examples.words)[1]
+        own = float(likelihood) / examples.tokens
+        same(f"loss {own:.6f}, not {loss:.6f}", abs(own - loss) <= within * loss)
+
+
+def training_products(data, batch) -> list[tuple[int, int, int]]:
+    """List the matrix products that a batch of 64 captions cannot do without."""
+    tokens, longest = int(data.lengths[batch].sum()) - 64, int(data.lengths[batch].max()) - 1
+    once = [(64, 2048, 512), (tokens, 256, 2048), (tokens, 512, VOCABULARY)]
+    return once + [(64, 512, 2048)] * longest
+
+
 def training(m: Material, s: Sizes):
     """The original's model: batches, forward, backward, clipping, Adam."""
     photos = 2 + math.ceil(64 * max(s.batches, s.base[1] * s.growth[-1]) / 5)
@@ -310,27 +332,8 @@ def training(m: Material, s: Sizes):
         for _, (features, ids) in zip(range(s.plain_batches), loader, strict=False):
             baselines.train_step(model, optimizer, features.to(DEVICE), ids.to(DEVICE))
 
-    middle = some(1)[0]
-    with torch.no_grad():
-        features, ids = (
-            torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in middle), strict=True)
-        )
-        loss = float(baselines.loss(model, features, ids))
-    for one, within in ((exact, 1e-5), (trainer, 0.01 if HALF else 1e-5)):
-        examples = one.objective.draw(middle, middle, 1.0)
-        with torch.no_grad(), one.autocast():
-            likelihood = one.captioner(examples.features, examples.words)[1]
-        own = float(likelihood) / examples.tokens
-        same(f"loss {own:.6f}, not {loss:.6f}", abs(own - loss) <= within * loss)
-    shapes = []
-    for batch in some(s.batches):
-        tokens, longest = int(data.lengths[batch].sum()) - 64, int(data.lengths[batch].max()) - 1
-        shapes += [
-            (64, 2048, 512),
-            (tokens, 256, 2048),
-            (tokens, 512, VOCABULARY),
-            *[(64, 512, 2048)] * longest,
-        ]
+    check_losses(model, pairs, some(1)[0], exact, trainer)
+    shapes = [shape for batch in some(s.batches) for shape in training_products(data, batch)]
     took = interleave(
         s.rounds, lambda: ours(s.batches), theirs, products(shapes, DTYPE, gradients=True)
     )
