@@ -322,9 +322,10 @@ def _lock(job: Job) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise st.ArtifactError(f"Another process is writing {job.out}.") from None
-    with lock:
+    try:
         yield
-    lock.release()
+    finally:
+        lock.release()
 
 
 def run_on_cluster(arguments: argparse.Namespace, options: dict, job: Job, count: int) -> None:
