@@ -339,11 +339,8 @@ class Trainer:
         self.progress = Progress(self.captioner, self.recipe, half, job.get("began", 0), key)
         self.model = self.captioner
         if self.world > 1:
-            # The buffers are constants, equal in all processes.
             ids = [self.device] if self.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(
-                self.captioner, device_ids=ids, broadcast_buffers=False
-            )
+            self.model = nn.parallel.DistributedDataParallel(self.captioner, device_ids=ids)
 
     def _moments(self, key: str) -> tuple[Tensor, Tensor]:
         """Return the features' mean and deviation (D,), the same in all processes.

@@ -521,42 +521,38 @@ def fingerprint(storyteller) -> str:
     return st.sha256(facts | {"weights": st.sha256(storyteller.folder / "model.safetensors")})
 
 
-def claim(path: Path, meta: dict, overwrite: bool):
-    """Lock an output for this process, and check which captioner wrote it.
+@contextlib.contextmanager
+def claim(path: Path, meta: dict, overwrite: bool) -> Iterator[None]:
+    """Take an output for this command, and check who wrote what is there.
 
-    Returns the open OUT.meta.json, whose lock lasts as long as it is open.
+    OUT.meta.json says who, and is locked meanwhile.
 
     Raises ArtifactError for an output of another captioner or of other options, unless `overwrite`.
     """
     note = path.with_name(path.name + ".meta.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     exists = path.exists() or path.with_name(path.name + ".part.jsonl").exists()
-    file = open(note, "a+", encoding="utf-8")  # noqa: SIM115
-    with contextlib.suppress(ImportError):  # where there is no fcntl, there is no such lock
-        import fcntl
+    with open(note, "a+", encoding="utf-8") as file:
+        with contextlib.suppress(ImportError):  # where there is no fcntl, there is no such lock
+            import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise st.ArtifactError(f"Another process is writing {path}.") from None
-    file.seek(0)
-    before = json.loads(file.read() or "{}")
-    meta = json.loads(json.dumps(meta))  # tuples as the lists that they become
-    if exists and not overwrite:
-        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise st.ArtifactError(f"Another process is writing {path}.") from None
+        file.seek(0)
+        before = json.loads(file.read() or "{}")
+        meta = json.loads(json.dumps(meta))  # tuples as the lists that they become
+        if exists and not overwrite:
             check_meta(path, before, meta)
-        except st.ArtifactError:
-            file.close()
-            raise
-    if overwrite:
-        for old in (path, path.with_name(path.name + ".part.jsonl")):
-            old.unlink(missing_ok=True)
-    if before != meta:
-        file.truncate(0)
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-        file.flush()
-    return file
+        if overwrite:
+            for old in (path, path.with_name(path.name + ".part.jsonl")):
+                old.unlink(missing_ok=True)
+        if before != meta:
+            file.truncate(0)
+            file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+            file.flush()
+        yield
 
 
 def check_meta(path: Path | str, before: dict, meta: dict) -> None:
@@ -628,7 +624,7 @@ def options_of(arguments: argparse.Namespace) -> dict:
     return dataclasses.asdict(st.Decoding(**options))
 
 
-def open_output(arguments: argparse.Namespace, meta: dict):
+def open_output(arguments: argparse.Namespace):
     """Return the output that the arguments name, and its folder (None on standard output)."""
     out, kind = arguments.out, arguments.to
     if out and not kind and out.suffix[1:] in FORMATS:
@@ -650,7 +646,6 @@ def open_output(arguments: argparse.Namespace, meta: dict):
     output = {"jsonl": JsonLines, "csv": Csv, "parquet": Parquet}[kind](
         out, *([arguments.captions] if kind == "csv" else [])
     )
-    output.claimed = claim(out, meta, arguments.overwrite)
     return output, out.parent
 
 
@@ -672,7 +667,16 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     storytellers = load_captioners(arguments.model, options)
     meta = {"captioner": fingerprint(storytellers[0]), "captions": arguments.captions, **options}
-    output, folder = open_output(arguments, meta)
+    output, folder = open_output(arguments)
+    claimed = claim(output.path, meta, arguments.overwrite) if folder else contextlib.nullcontext()
+    with claimed:
+        return caption_into(output, folder, arguments, storytellers, options)
+
+
+def caption_into(
+    output, folder: Path | None, arguments: argparse.Namespace, storytellers: list, options: dict
+) -> int:
+    """Write the rows that an output does not have yet. Returns how many photos failed."""
     done = output.begin()
     if arguments.xmp and folder:
         complete_sidecars(output, folder)

@@ -146,14 +146,14 @@ def report(card: str, rows: list[list[str]], extra: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="in float16 on the CPU, smaller")
-    parser.add_argument("--photos", type=int, default=0, help="default: 1,000, with --cpu 30")
+    parser.add_argument("--photos", type=int, default=0, help="default: 1,000, with --cpu 20")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.cpu:
         sys.exit("There is no CUDA GPU here. With --cpu the steps run in float16 on the CPU.")
     began, out = time.monotonic(), Path("outputs/gpu").resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    photos = arguments.photos or (30 if arguments.cpu else 1000)
+    photos = arguments.photos or (20 if arguments.cpu else 1000)
     draw_dataset(out / "dataset", photos=photos)
     card = "CPU" if arguments.cpu else torch.cuda.get_device_name()
     # Without hardware for it, float16 runs at 8 captions a second.

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
+sys.path[:0] = [str(ROOT / name) for name in (".", "notebooks", "tests/bench")]
 from material import random_captions  # noqa: E402
 
 import storyteller_utils as st  # noqa: E402

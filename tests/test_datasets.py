@@ -75,32 +75,17 @@ def test_captions_in_other_scripts_go_through_all_notebooks(language, seen_squar
 
 
 def test_a_captioner_of_real_photos_beats_the_constant_caption(tmp_path, shared):
-    """Four hundred photos of Flickr8k, ResNet50, two epochs.
+    """Two hundred photos of Flickr8k, three epochs.
 
     Far from good, but it looks at the photo.
     """
     copy_project(tmp_path)
-    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 400}
-    papermill(
-        tmp_path,
-        "01_extract_features",
-        backbone="resnet50",
-        backbone_weights=shared / "weights" / "resnet50_stride_in_1x1.safetensors",
-        **photos,
-    )
+    photos = {"dataset_dir": shared / "flickr8k", "max_photos": 200}
+    small = {"epochs": 3, "batch_size": 16, "learning_rate": 0.002}
+    papermill(tmp_path, "01_extract_features", backbone="efficientnet_lite0", **photos)
     papermill(tmp_path, "02_vocab", **photos)
-    papermill(
-        tmp_path,
-        "03_train_dual_t4",
-        dataset_dir=photos["dataset_dir"],
-        epochs=2,
-        batch_size=16,
-        learning_rate=0.002,
-    )
+    papermill(tmp_path, "03_train_dual_t4", dataset_dir=photos["dataset_dir"], **small)
     papermill(tmp_path, "04_evaluate", dataset_dir=photos["dataset_dir"])
     rows = json.loads((tmp_path / "outputs/04_evaluate/scores.json").read_text())["rows"]
-    assert (
-        rows["beam search, width 5"]["CIDEr-D"]["value"]
-        > rows["constant caption"]["CIDEr-D"]["value"]
-    )
-    assert (tmp_path / "outputs/03_train_dual_t4/model/backbone.safetensors").stat().st_size > 40e6
+    cider = {name: row["CIDEr-D"]["value"] for name, row in rows.items()}
+    assert cider["beam search, width 5"] > cider["constant caption"]

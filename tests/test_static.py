@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import re
 import shutil
 import struct
@@ -378,7 +379,7 @@ def test_a_photo_takes_well_under_a_second_on_a_quiet_machine(open_static):
     import browser
 
     # On a busy one it takes longer: the best of some, and a bound ten times as high.
-    assert min(browser.seconds_of_photos(open_static(), 5)) < 3
+    assert min(browser.seconds_of_photos(open_static(), 1)[0]) < 3
 
 
 @needs_browser
@@ -436,10 +437,13 @@ def test_pixels_are_resized_to_the_bit_as_the_module_does(open_static, tmp_path)
         encoded = base64.b64encode((tmp_path / "photo.png").read_bytes()).decode()
         for how in ("squash", "crop"):
             code = """const bytes = Uint8Array.from(atob(given[0]), x => x.charCodeAt(0));
-            return [...await m.pixels(new Blob([bytes]), {side: 224, preprocessing: given[1]})];"""
+            const how = {side: 224, preprocessing: given[1]};
+            const pixels = await m.pixels(new Blob([bytes]), how);
+            return [...new Uint8Array(await crypto.subtle.digest('SHA-256', pixels))];"""
             result = in_page(page, code, encoded, how)
             expected = st.preprocess(torch.from_numpy(photo).permute(2, 0, 1), how, 224)
-            assert np.array_equal(result, expected.flatten().numpy()), (height, width, how)
+            digest = hashlib.sha256(expected.contiguous().numpy()).digest()
+            assert bytes(result) == digest, (height, width, how)
 
 
 @needs_browser
