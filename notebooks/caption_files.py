@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -278,9 +279,25 @@ def _texts(value) -> list[str]:
     if isinstance(value, dict):
         values = [v for key, v in value.items() if _CAPTION_HEADER.search(str(key).lower())]
         value = values[0] if values else None
+    if isinstance(value, str):
+        value = _written_list(value) or value
     if isinstance(value, list | tuple | np.ndarray):
         return [text for inner in value for text in _texts(inner)]
     return [] if value is None or value != value else [" ".join(str(value).split())]
+
+
+def _written_list(text: str) -> list[str] | None:
+    """Read a list of captions in a cell of text: as JSON, as Python or as NumPy writes it."""
+    if not re.fullmatch(r"""\s*\[\s*["'].*["']\s*\]\s*""", text, re.DOTALL):
+        return None
+    found = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+    if found is None:  # NumPy leaves out the commas, and Python would join such strings
+        text = re.sub(r"""(["'])\s+(?=["'])""", r"\1, ", text.strip())
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(text)
+    return found if isinstance(found, list) and all(isinstance(t, str) for t in found) else None
 
 
 def _name(value) -> str:
@@ -649,8 +666,9 @@ def split_photos(
 
     names   photo names
     splits  empty: 80/10/10 at random by `seed`; else a folder with lists of the photos (train, val
-            and maybe test in their names: text, CSV, COCO's JSON), or Karpathy's JSON. A photo is
-            listed by its path, its file name or that without its suffix; others are in none
+            and maybe test in their names: text, CSV, COCO's JSON), or a file with a column `split`
+            (a table, Karpathy's JSON). A photo is listed by its path, its file name or that without
+            its suffix; others are in none
     copies  photo -> its first copy (`find_copies`): copies go together, to test rather than to val
             rather than to train
 
@@ -692,7 +710,7 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
     finder = _Names({name: Path(name) for name in names})
     split_of: dict[str, str] = {}
     listed = Counter()
-    for split, cells in _split_lists(path):
+    for split, cells in _split_lists(path, finder):
         listed[split] += 1
         photo = finder.find(_name(max(cells, key=finder.weight)))[0] or ""
         if split_of.setdefault(photo, split) != split and photo:
@@ -700,7 +718,8 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
     if not listed["train"] or not listed["val"]:
         raise st.ArtifactError(
             f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
-            "*Images.txt lists, or to be Karpathy's JSON file (images[].filename, .split)."
+            "*Images.txt lists, or to be a table or Karpathy's JSON file that says of each photo "
+            "whether its split is train, val or test."
         )
     split_of.pop("", None)
     for split in ("train", "val"):
@@ -716,13 +735,16 @@ _SPLIT_FILE = re.compile(
 )
 
 
-def _split_lists(path: Path) -> Iterator[tuple[str, Iterable]]:
+def _split_lists(path: Path, names: _Names) -> Iterator[tuple[str, Iterable]]:
     """Yield the split and the cells of each row that may name a photo."""
-    if path.is_file():
-        for image in _records(st.read_json(path)):
-            split = image.get("split") if isinstance(image, dict) else None
-            if split in ("train", "restval", "val", "test"):
-                yield split.replace("restval", "train"), image.values()
+    table = _read_table(path, names)[0] if path.is_file() else None
+    if table:
+        rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
+        header = [cell.strip().lower() for cell in table.header or (rows and rows.pop(0))]
+        for row in rows if "split" in header else ():
+            split = str(dict(zip(header, row, strict=False)).get("split")).strip().lower()
+            if hit := _SPLIT_FILE.search(split.replace("restval", "train")):
+                yield hit[1].lower().replace("dev", "val"), row
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         hit = _SPLIT_FILE.search(file.stem)
         if not hit or file.suffix.lower() not in st.TABLE_SUFFIXES:

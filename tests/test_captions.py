@@ -12,6 +12,8 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
@@ -184,6 +186,28 @@ def test_karpathys_json_gives_captions_and_splits(tmp_path, file):
         "2.jpg": "val",
         "3.jpg": "test",
     }
+
+
+def test_a_table_with_a_list_of_captions_in_a_cell_gives_captions_and_splits(tmp_path):
+    """Hugging Face's flickr_annotations_30k.csv, and what pandas makes of lists and arrays."""
+    names = [f"{i}.jpg" for i in range(4)]
+    expected = [(name, text) for name in names for text in ("It's a dog .", 'A "big" dog, it is .')]
+    texts = [text for _, text in expected[:2]]
+    frame = pd.DataFrame({"sentids": "[0, 1]", "split": ["train", "train", "val", "test"]})
+    frame["filename"] = names
+    for i, cell in enumerate((json.dumps(texts), str(texts), str(np.array(texts)))):
+        (folder := tmp_path / str(i)).mkdir()
+        table = frame.assign(raw=cell).to_csv(index=False)
+        data = dataset(folder, table, photos=names, file="flickr_annotations_30k.csv")
+        assert caption_files.read_captions(data).rows == expected, cell
+        split = caption_files.split_photos(names, 0, str(folder / "flickr_annotations_30k.csv"))
+        assert split == dict(zip(names, frame["split"], strict=True))
+
+
+@pytest.mark.parametrize("text", ["[inaudible]", "['A dog'] runs .", '["A dog", 5]'])
+def test_a_caption_in_brackets_is_no_list(tmp_path, text):
+    table = pd.DataFrame({"image": ["dog.jpg"], "caption": [text]}).to_csv(index=False)
+    assert rows_of(tmp_path, table) == [("dog.jpg", text)]
 
 
 def test_broken_json_says_which_file_and_what_it_should_be(tmp_path):
