@@ -274,6 +274,9 @@ def _table_of_records(records: list, form: str) -> _Table:
     return _Table(form, [str(key) for key in header], rows)
 
 
+_MISSING = ("nan", "NaN", "NA", "N/A", "<NA>", "null", "NULL", "None")  # as programs write it
+
+
 def _texts(value) -> list[str]:
     """List the captions in a cell: one, several, or records of them."""
     if isinstance(value, dict):
@@ -283,7 +286,8 @@ def _texts(value) -> list[str]:
         value = _written_list(value) or value
     if isinstance(value, list | tuple | np.ndarray):
         return [text for inner in value for text in _texts(inner)]
-    return [] if value is None or value != value else [" ".join(str(value).split())]
+    missing = value is None or value != value or value in _MISSING
+    return [] if missing else [" ".join(str(value).split())]
 
 
 def _written_list(text: str) -> list[str] | None:
@@ -567,7 +571,8 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
                 raise
             broken = error
             continue
-        if read is not None and all(read.rows != other.rows for other in reads):
+        new = read is not None and (read.rows or read.without_photo)
+        if new and all(read.rows != other.rows for other in reads):
             reads.append(read)
     beside = [path for path in dataset.tables if path.with_suffix("") in photo_of]
     if beside and not captions:

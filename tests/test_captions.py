@@ -210,6 +210,14 @@ def test_a_caption_in_brackets_is_no_list(tmp_path, text):
     assert rows_of(tmp_path, table) == [("dog.jpg", text)]
 
 
+@pytest.mark.parametrize("written", ["", "nan", "NULL", "N/A", "<NA>"])
+def test_a_missing_caption_is_listed_and_not_learned(tmp_path, written):
+    text = f"image,caption\ndog.jpg,{written}\ncat.jpg,A cat sleeps .\n"
+    captions = caption_files.read_captions(dataset(tmp_path, text))
+    assert captions.rows == [("cat.jpg", "A cat sleeps .")]
+    assert captions.unread == [(2, "no caption")]
+
+
 def test_broken_json_says_which_file_and_what_it_should_be(tmp_path):
     with pytest.raises(st.ArtifactError, match=r"dataset.json is not valid JSON"):
         rows_of(tmp_path, '{"images": [{"filename": "dog.jpg"}', file="dataset.json")
