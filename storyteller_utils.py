@@ -320,7 +320,7 @@ class _Lines:
 
 
 def progress(iterable=None, **options):
-    """Return a tqdm bar over `iterable`; away from a terminal, at most a line every half minute.
+    """Return a tqdm bar over `iterable`; away from a terminal, at most a line every 15 seconds.
 
     options  tqdm's: total, desc, unit, initial, disable ...
     """
@@ -329,7 +329,7 @@ def progress(iterable=None, **options):
     if sys.stderr.isatty():
         where = {"mininterval": 1}
     else:
-        where = {"mininterval": 30, "file": _Lines(), "ncols": 100}
+        where = {"mininterval": 15, "miniters": 1, "file": _Lines(), "ncols": 100}
     return tqdm(iterable, **{"unit_scale": options.get("unit") == "B", **where, **options})
 
 

@@ -392,7 +392,10 @@ def connect(address: str, folder: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(logging_level="ERROR", **options)
     except (OSError, RuntimeError) as error:
-        raise st.ArtifactError(f"There is no Ray cluster at {address}: {error}") from None
+        raise st.ArtifactError(
+            f"There is no Ray cluster at {address}, or it wants its token (RAY_AUTH_MODE=token, here "
+            f"too): {error}"
+        ) from None
 
 
 @dataclass(frozen=True)
