@@ -393,7 +393,7 @@ def connect(address: str, folder: str) -> None:
         ray.init(logging_level="ERROR", **options)
     except (OSError, RuntimeError) as error:
         raise st.ArtifactError(
-            f"There is no Ray cluster at {address}, or it wants a token (RAY_AUTH_MODE=token): {error}"
+            f"There is no Ray cluster at {address}, or it wants RAY_AUTH_MODE=token: {error}"
         ) from None
 
 
