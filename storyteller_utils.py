@@ -1493,7 +1493,7 @@ def open_photo(source) -> Tensor:
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
     except Exception as error:  # for broken files, Pillow raises nearly everything there is
-        reason = re.sub(r"<_io.BytesIO[^>]*>", "this file", str(error))
+        reason = re.sub("^cannot identify image file.*", "it holds no image", str(error))
         if isinstance(source, bytes) and source[4:8] == b"ftyp":
             reason = (
                 "HEIC needs the package pillow-heif (pip install pillow-heif), AVIF pillow>=11.3"
@@ -1510,6 +1510,8 @@ def _open_image(source):
     elif isinstance(source, bytes):
         image = Image.open(io.BytesIO(source))
     width, height = image.size
+    if not width * height:
+        raise ValueError("it has no pixels")
     # At half the size, a quarter of the pixels. A progressive JPEG is held whole even so.
     if width * height > MAX_PIXELS and "progressive" not in image.info:
         image.draft(None, (width // 2, height // 2))

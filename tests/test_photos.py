@@ -56,6 +56,11 @@ def cosines(a, b) -> np.ndarray:
 # Odd files
 
 
+def test_an_array_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="the photo cannot be read: it has no pixels"):
+        st.open_photo(np.zeros((0, 4, 3), np.uint8))
+
+
 def test_a_cmyk_jpeg_shows_the_colours_it_was_printed_in():
     image = Image.new("CMYK", (32, 16), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
     image.paste((255, 255, 0, 0), (16, 0, 32, 16))  # blue
@@ -226,7 +231,7 @@ def test_a_photo_cut_anywhere_is_refused_or_whole(format):
 )
 def test_what_is_no_image_is_refused_by_its_name(tmp_path, data):
     (tmp_path / "fake.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=r"fake\.jpg cannot be read: ."):
+    with pytest.raises(ValueError, match=r"fake\.jpg cannot be read: it holds no image"):
         st.open_photo(tmp_path / "fake.jpg")
 
 
