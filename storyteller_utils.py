@@ -736,6 +736,12 @@ def _work(worker, status: str) -> None:
     finally:
         if "WORLD_SIZE" in os.environ:
             torch.distributed.destroy_process_group()
+    if "WORLD_SIZE" in os.environ:
+        # All is written. Taking down the interpreter beside gloo's threads has ended in SIGABRT,
+        # which torchrun takes for a failed training.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------------
