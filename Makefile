@@ -55,7 +55,7 @@ run: $(VENV)/run  ## the five notebooks, on the drawn sample or on DATASET=folde
 	@echo && echo "The Space is in outputs/05_deploy/space. Look at it: make demo MODEL=outputs/05_deploy/space/model"
 
 test: $(VENV)/test  ## all tests
-	$(BIN)/python -m pytest tests -q -rs -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test  ## formatter and linter, as CI runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

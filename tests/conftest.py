@@ -49,6 +49,15 @@ def pytest_configure(config):
     )
 
 
+# The files that take minutes, longest first: two workers would end far apart otherwise.
+LONG = ["training", "pipeline", "static", "datasets", "gpu", "kaggle", "faults", "bench"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 hypothesis.settings.register_profile("suite", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 
