@@ -217,6 +217,10 @@ class _Table:
     rows: list[tuple[int, list]]  # line number (or record's), cells
     separator: str = ""
 
+    def values(self) -> list[list]:
+        """Return the rows' cells; those of text as they are without their quotes."""
+        return [[v for _, v in cells] if self.separator else cells for _, cells in self.rows]
+
 
 def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
     """Read a file as a table, None if it names no photos. Returns the table and its encoding."""
@@ -400,7 +404,7 @@ class _Columns:
 
 def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None:
     """Choose the photo and caption columns, by the header if there is one and by their cells."""
-    rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
+    rows = table.values()
     header = table.header
     if table.separator and rows and _is_header(rows[0], names):
         header = [cell.strip() for cell in rows.pop(0)]
@@ -744,7 +748,7 @@ def _split_lists(path: Path, names: _Names) -> Iterator[tuple[str, Iterable]]:
     """Yield the split and the cells of each row that may name a photo."""
     table = _read_table(path, names)[0] if path.is_file() else None
     if table:
-        rows = [[v for _, v in cells] if table.separator else cells for _, cells in table.rows]
+        rows = table.values()
         header = [cell.strip().lower() for cell in table.header or (rows and rows.pop(0))]
         for row in rows if "split" in header else ():
             split = str(dict(zip(header, row, strict=False)).get("split")).strip().lower()
