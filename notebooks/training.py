@@ -819,7 +819,8 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
     data = st.CaptionData.load(extracted.folder, prepared.folder)
     features = st.Features(extracted / "features.npy", storyteller.pooled, storyteller.device)
     photos, references = data.of("val")
-    found = [hypotheses[0] for hypotheses in st.generate(storyteller.captioner, features, photos)]
+    hypotheses = st.generate(storyteller.captioner, features, photos, progress=True)
+    found = [best for best, *_ in hypotheses]
     scores = np.array([hypothesis.score for hypothesis in found])  # (N,)
     words = [storyteller.vocab.decode(hypothesis.ids) for hypothesis in found]
     others = st.CiderD([group[1:] or group for group in references])

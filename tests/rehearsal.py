@@ -36,18 +36,22 @@ PARAMETERS = {
 
 @dataclass
 class Took:
-    """What one stage cost: seconds, the longest time without output, bytes of memory and disk."""
+    """What one stage cost: seconds, the longest time without output, bytes of memory and disk.
+
+    after  the last line before that time
+    """
 
     stage: str
     seconds: float = 0.0
     silent: float = 0.0
+    after: str = ""
     memory: int = 0
     disk: int = 0
 
     def row(self) -> str:
         """Return the stage's row of the table."""
         gigabytes = [f"{size / 1e9:.2f}" for size in (self.memory, self.disk)]
-        warning = "**too long**" if self.silent > SILENCE else ""
+        warning = f"**too long**, after {self.after[:60]!r}" if self.silent > SILENCE else ""
         cells = [self.stage, f"{self.seconds:.0f}", f"{self.silent:.0f}", *gigabytes, warning]
         return f"| {' | '.join(cells)} |"
 
@@ -101,10 +105,13 @@ def run_stage(stage: str, folder: Path, dataset: Path) -> Took:
     )
     watched = (psutil.Process(process.pid), folder / "outputs" / stage, took)
     threading.Thread(target=watch, args=watched, daemon=True).start()
-    spoke = began
+    spoke, last = began, ""
     while chunk := os.read(process.stdout.fileno(), 65536):
         now = time.monotonic()
-        took.silent, spoke = max(took.silent, now - spoke), now
+        if now - spoke > took.silent:
+            took.silent, took.after = now - spoke, last
+        said = [line for line in chunk.decode(errors="replace").splitlines() if line.strip()]
+        spoke, last = now, (said or [last])[-1]
         sys.stdout.buffer.write(chunk)
         sys.stdout.flush()
     if process.wait():
