@@ -29,13 +29,25 @@ class Place:
 
     @classmethod
     def of(cls, given: str | Path) -> "Place":
-        """Return the place of a path or of scheme://bucket/key?options."""
+        """Return the place of a path or of scheme://bucket/key?options.
+
+        gs://anonymous@bucket is one that anyone may read; ValueError for a key before the @, which
+        would be written into the manifest.
+        """
         scheme, mark, rest = str(given).partition("://")
         if not mark:
             return cls("", os.path.abspath(given))
         path, mark, options = rest.partition("?")
-        bucket = path.partition("/")[0]
-        return cls(f"{scheme}://{bucket}{mark}{options}", path.rstrip("/"))
+        bucket, slash, key = path.partition("/")
+        user, _, name = bucket.rpartition("@")
+        if user not in ("", "anonymous"):
+            raise ValueError(
+                f"A key in an address is soon in a log: leave it out of {scheme}://...@{name} and "
+                "set it as the store's own tools read it (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)."
+            )
+        root = f"{scheme}://{bucket}{mark}{options}"
+        return cls(root, (name + slash + key).rstrip("/"))
 
     @property
     def files(self) -> fs.FileSystem:

@@ -1,11 +1,14 @@
 """`caption --ray`: the rows of one process, each photo once, whatever is killed in between.
 
-A real Ray of two nodes on this machine, and a local S3. `make test-ray` installs what they need.
+A real Ray of two nodes on this machine, and local object stores. `make test-ray` installs what
+they need.
 """
 
 import collections
+import contextlib
 import io
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -264,9 +267,9 @@ def test_rows_are_those_of_one_process_on_this_machine(photos, tmp_path, monkeyp
 # Object storage ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bucket(settings):
-    """The options of a URI on a local S3 with an empty bucket, and its file system."""
+@contextlib.contextmanager
+def amazon():
+    """Serve a local S3 with an empty bucket; yield its URI and its options."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -275,14 +278,44 @@ def bucket(settings):
     options = (
         f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
     )
-    files = Place.of(f"s3://bucket{options}").files
-    files.create_dir("bucket")
-    yield options, files
-    server.stop()
+    try:
+        Place.of(f"s3://bucket{options}").files.create_dir("bucket")
+        yield "s3://bucket", options
+    finally:
+        server.stop()
 
 
-def test_photos_shards_rows_and_checkpoint_may_lie_in_a_bucket(bucket, photos, expected, tmp_path):
-    options, files = bucket
+@contextlib.contextmanager
+def google():
+    """Serve a local Google Cloud Storage with an empty bucket; yield its URI and its options."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def answers() -> bool:
+        with socket.socket() as one:
+            return not one.connect_ex(("127.0.0.1", port))
+
+    # In a process of its own: pyarrow keeps Python's lock while it reads from this store.
+    command = Path(sys.executable).with_name("gcp-storage-emulator")
+    options = ("--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket")
+    server = subprocess.Popen([command, "start", *options], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(answers, server, 30)
+        yield "gs://anonymous@bucket", f"?endpoint_override=127.0.0.1:{port}&scheme=http"
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("store", [amazon, google])
+def test_photos_shards_rows_and_checkpoint_may_lie_in_a_bucket(store, photos, expected, tmp_path):
+    with store() as (uri, options):
+        caption_a_bucket(uri, options, photos, expected, tmp_path)
+
+
+def caption_a_bucket(uri: str, options: str, photos, expected, tmp_path):
+    files = Place.of(uri + options).files
+    plain = uri.replace("anonymous@", "")
 
     def put(key: str, data: bytes) -> None:
         with files.open_output_stream(f"bucket/{key}") as file:
@@ -303,10 +336,10 @@ def test_photos_shards_rows_and_checkpoint_may_lie_in_a_bucket(bucket, photos, e
     put("shards/00.tar", tar_bytes.getvalue())
     put("shards/01.tar", b"")
     listed = tmp_path / "list.txt"
-    listed.write_text(f"s3://bucket/photos/missing.jpg{options}\n")
+    listed.write_text(f"{uri}/photos/missing.jpg{options}\n")
     command = (
-        f"s3://bucket/photos{options}", f"s3://bucket/shards/{{00..01}}.tar{options}", listed,
-        "--out", f"s3://bucket/out{options}", "--ray",
+        f"{uri}/photos{options}", f"{uri}/shards/{{00..01}}.tar{options}", listed,
+        "--out", f"{uri}/out{options}", "--ray",
     )  # fmt: skip
     status, said = run(*command)
     assert status == 1 and said.startswith("51 photos done, 0 before, 3 of all failed"), said
@@ -314,12 +347,11 @@ def test_photos_shards_rows_and_checkpoint_may_lie_in_a_bucket(bucket, photos, e
     found = texts(table)
     assert {name: found[name] for name in names} == {name: expected[name] for name in names}
     where = {Path(row["file_name"]).name: row["file_name"] for row in table}
-    assert where[names[0]] == f"s3://bucket/photos/some where/{names[0]}"
-    assert where[names[30]] == f"s3://bucket/shards/00.tar/{names[30]}"
+    assert where[names[0]] == f"{plain}/photos/some where/{names[0]}"
+    assert where[names[30]] == f"{plain}/shards/00.tar/{names[30]}"
     errors = {row["file_name"] for row in table if row["error"]}
     assert errors == {
-        "s3://bucket/photos/broken.jpg", "s3://bucket/photos/missing.jpg",
-        "s3://bucket/shards/01.tar",
+        f"{plain}/photos/broken.jpg", f"{plain}/photos/missing.jpg", f"{plain}/shards/01.tar"
     }  # fmt: skip
     for name in ("new.jpg", "missing.jpg"):
         put(f"photos/{name}", (photos / names[0]).read_bytes())
@@ -334,6 +366,15 @@ def test_a_bucket_that_does_not_answer_is_an_error_of_the_photo():
     row = {"file_name": "a.jpg", "root": place.root, "path": place.path, "size": -1, "error": ""}
     data, error = read_photo(row, tries=1)
     assert data == b"" and error.startswith("a.jpg cannot be fetched")
+
+
+def test_a_key_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(ValueError, match=r"s3://\.\.\.@bucket and set it") as refused:
+        Place.of("s3://AKIA:secret@bucket/photos")
+    assert "AKIA" not in str(refused.value) and "secret@" not in str(refused.value)
+    assert Place.of("gs://anonymous@bucket/a@b.jpg?scheme=http") == Place(
+        "gs://anonymous@bucket?scheme=http", "bucket/a@b.jpg"
+    )
 
 
 # Before anything starts --------------------------------------------------------------------------
