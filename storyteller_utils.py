@@ -1010,7 +1010,7 @@ PHOTO_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".heif", ".avif"),
 }
-TABLE_SUFFIXES = {".txt", ".csv", ".tsv", ".token", ".json", ".jsonl", ".parquet"}
+TABLE_SUFFIXES = {".txt", ".csv", ".tsv", ".token", ".caption", ".json", ".jsonl", ".parquet"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import html
 import json
 import os
 import re
@@ -73,11 +74,11 @@ class _Names:
         return None, ""
 
     def weight(self, value) -> int:
-        """Rate a cell as a photo's name: 2 for one that exists, 1 for one that looks like it."""
+        """Rate a cell as a photo's name: 2 for one that exists, 1 more for one with a suffix."""
         name = _name(value)
         if not 0 < len(name) < 1000 or "\n" in name:
             return 0
-        return (self.find(name)[0] is not None) + (_without_suffix(name) != name)
+        return 2 * (self.find(name)[0] is not None) + (_without_suffix(name) != name)
 
 
 def _decode(data: bytes) -> tuple[str, str]:
@@ -239,6 +240,8 @@ def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
             return _table_of_records(_records(json.loads(text)), "JSON"), encoding
         with contextlib.suppress(ValueError, RecursionError):
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if all(isinstance(line, dict) and len(line) == 1 for line in lines):
+                lines = [record for line in lines for record in _records(line)]
             return _table_of_records(lines, "JSON lines"), encoding
         if path.suffix.lower().startswith(".json"):
             raise st.ArtifactError(f"{path} is not valid JSON.")
@@ -256,9 +259,14 @@ def _records(value) -> list:
         of = {str(image.get("id")): image for image in images if isinstance(image, dict)}
         notes = [note for note in annotations if isinstance(note, dict)]
         return [{**of.get(str(note.get("image_id")), {}), **note} for note in notes]
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
-        return images or annotations or (lists or [[]])[0]
+        return images or annotations or next(iter(lists.values()), [])
+    if len(lists) > 1 and all(map(_SPLIT_FILE.search, value)):  # below the name of their split
+        of_splits = [(split, record) for split, records in lists.items() for record in records]
+        return [
+            record | {"split": split} for split, record in of_splits if isinstance(record, dict)
+        ]
     if any(_CAPTION_HEADER.search(str(key).lower()) for key in value):
         columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
         if not all(isinstance(column, list) for column in columns):
@@ -342,14 +350,20 @@ def _parse_text(text: str, names: _Names) -> _Table | None:
         scores[separator] = sum(weights)
     separator = max(scores, key=scores.get)
     if not scores[separator]:
-        pairs = [line.split(None, 1) for line in sample]
+        pairs = [_pair(line) for line in sample]
         if not any(names.weight(pair[0]) for pair in pairs if len(pair) > 1):
             return None
-        words = ((i, line.split(None, 1)) for i, line in enumerate(lines, 1) if line.strip())
-        rows = [(i, [(part, part) for part in parts]) for i, parts in words]
+        pairs = ((i, _pair(line)) for i, line in enumerate(lines, 1) if line.strip())
+        rows = [(i, [(part, part) for part in parts]) for i, parts in pairs]
         return _Table("text", [], rows, " ")
     fields = _fields(separator)
     return _Table("text", [], _read_rows(lines, fields, separator, names), separator)
+
+
+def _pair(line: str) -> list[str]:
+    """Cut a line into a name and what follows a space, or a sign such as ": ", "= " or "-> "."""
+    hit = re.match(r"\s*(\S+?)\s*(?:[:=\uff1a\u2192]|[-=]>)?\s+(\S.*)", line)
+    return list(hit.groups()) if hit else line.split()
 
 
 def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Names) -> list:
@@ -496,7 +510,10 @@ class Captions:
 
     def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
         """Add a row of the table: a photo's name and its captions."""
-        texts = [text for text in texts if text]
+        # "&amp;" as web pages write it
+        texts = [
+            re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text) for text in texts if text
+        ]
         if not name or not texts:
             self.unread.append((line, "no caption" if name else "no photo name"))
             return
@@ -557,7 +574,12 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
     """
     names = _Names(dataset.photos)
     photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
-    tables = [path for path in dataset.tables if path.with_suffix("") not in photo_of]
+    beside = {
+        path
+        for path in dataset.tables
+        if path.suffix.lower() in _BESIDE and path.with_suffix("") in photo_of
+    }
+    tables = [path for path in dataset.tables if path not in beside]
     if captions:
         tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
         tables = tables or [path for path in (Path(captions),) if path.is_file()]
@@ -578,14 +600,15 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
         new = read is not None and (read.rows or read.without_photo)
         if new and all(read.rows != other.rows for other in reads):
             reads.append(read)
-    beside = [path for path in dataset.tables if path.with_suffix("") in photo_of]
-    if beside and not captions:
-        reads.append(_read_beside(beside, photo_of, names))
+    if not captions:
+        read = _read_beside(beside, photo_of, names)
+        if read.rows and all(sorted(read.rows) != sorted(other.rows) for other in reads):
+            reads.append(read)
     reads = reads if captions else [read for read in reads if read.fits()] or reads
     if not reads:
         raise broken or st.ArtifactError(
             f"No file of {dataset.folder} holds captions: no line names a photo and says something "
-            f"about it. Tried: {', '.join(path.name for path in tables[:20])}."
+            f"about it. Tried: {', '.join(p.name for p in (tables or dataset.tables)[:20])}."
         )
     if len(reads) > 1 and not captions:
         raise st.ArtifactError(
@@ -641,14 +664,29 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     return read
 
 
-def _read_beside(paths: list[Path], photo_of: dict[Path, str], names: _Names) -> Captions:
-    """Read text files beside the photos, a caption a line."""
-    read = Captions(files={"the text files beside the photos": ""})
-    for path in paths:
+# Of several files beside a photo, the last one counts.
+_BESIDE = [".json", ".txt", ".caption"]
+
+
+def _read_beside(paths: Iterable[Path], photo_of: dict[Path, str], names: _Names) -> Captions:
+    """Read the files beside the photos: text, a caption a line, or JSON that holds captions.
+
+    If no line of any is a sentence, they hold something else, as a detector's boxes.
+    """
+    paths = sorted(paths, key=lambda path: (_BESIDE.index(path.suffix.lower()), path))
+    chosen = {path.with_suffix(""): path for path in paths}
+    read = Captions(files={"the files beside the photos": ""})
+    for stem, path in chosen.items():
         text, _ = _decode(path.read_bytes())
-        lines = [" ".join(line.split()) for line in text.splitlines()]
-        read.add(0, names, "", photo_of[path.with_suffix("")], lines)
-    read.notes.append(f"{len(paths)} text files beside the photos, a caption a line")
+        lines = text.splitlines()
+        if path.suffix.lower() == ".json":
+            lines = []
+            with contextlib.suppress(ValueError, RecursionError):
+                lines = _texts(json.loads(text))
+        read.add(0, names, "", photo_of[stem], [" ".join(line.split()) for line in lines])
+    if not any(_is_sentence(caption) for _, caption in read.rows):
+        return Captions()
+    read.notes.append(f"{len(chosen)} files beside the photos: text, a caption a line, or JSON")
     return read
 
 

@@ -406,6 +406,24 @@ def test_a_caption_that_begins_with_a_number_is_whole(tmp_path):
     assert rows_of(tmp_path, text)[0] == ("dog.jpg", "1, 2 and 3 dogs run")
 
 
+@pytest.mark.parametrize("sign", [": ", " : ", " = ", " -> ", " => ", "\uff1a "])
+def test_a_sign_between_name_and_caption_is_no_part_of_either(tmp_path, sign):
+    text = "".join(f"{name}{sign}{caption}\n" for name, caption in PAIRS)
+    assert rows_of(tmp_path, text, photos=SCENES) == PAIRS
+
+
+def test_a_column_of_names_that_exist_comes_before_one_of_others(tmp_path):
+    rows = [(f"https://photos.org/{i}.jpg", n[:-4], c) for i, (n, c) in enumerate(PAIRS)]
+    lines = [f'{url},{key},"{c.replace(chr(34), 2 * chr(34))}"\n' for url, key, c in rows]
+    text = "url,key,caption\n" + "".join(lines)
+    assert rows_of(tmp_path, text, photos=SCENES, file="list.csv") == PAIRS
+
+
+def test_signs_as_web_pages_write_them_are_read_as_signs(tmp_path):
+    text = "image,caption\ndog.jpg,A man &amp; his dog&#39;s ball; AT&T &notes.\n"
+    assert rows_of(tmp_path, text)[0][1] == "A man & his dog's ball; AT&T &notes."
+
+
 def test_names_without_suffix_before_a_space_are_read(tmp_path):
     text = "".join(f"{name[:-4]} {caption}\n" for name, caption in PAIRS)
     assert rows_of(tmp_path, text, photos=SCENES, file="descriptions.txt") == PAIRS
@@ -422,6 +440,10 @@ SHAPES = {
     "objects by name": {n: {"captions": c, "split": "train"} for n, c in GROUPS.items()},
     "columns": {"image": [n for n, _ in PAIRS], "caption": [c for _, c in PAIRS]},
     "annotations": {"annotations": [{"image": n, "caption": c} for n, c in PAIRS]},
+    "records below the names of their splits": {
+        "train": [{"image": n, "caption": c} for n, c in PAIRS[:20]],
+        "val": [{"image": n, "caption": c} for n, c in PAIRS[20:]],
+    },
     "COCO": {
         "info": {},
         "images": [{"id": 7 * i, "file_name": n, "width": 9} for i, n in enumerate(SCENES)],
@@ -470,6 +492,46 @@ def test_text_files_beside_the_photos_hold_a_caption_a_line(tmp_path):
         ("dog.jpg", "A dog."),
         ("dog.jpg", "The dog runs."),
     ]
+
+
+def test_json_lines_of_one_name_each_are_read(tmp_path):
+    text = "".join(json.dumps({name: caption}) + "\n" for name, caption in PAIRS)
+    assert rows_of(tmp_path, text, photos=SCENES, file="captions.jsonl") == PAIRS
+
+
+def test_records_below_the_names_of_their_splits_serve_as_splits(tmp_path):
+    shape = SHAPES["records below the names of their splits"]
+    data = dataset(tmp_path, json.dumps(shape), photos=SCENES, file="captions.json")
+    split_of = caption_files.split_photos(SCENES, 0, str(data.tables[0]))
+    assert split_of == {n: "train" if i < 5 else "val" for i, n in enumerate(SCENES)}
+
+
+def test_photos_as_they_are_downloaded_have_text_and_json_beside_them(tmp_path):
+    """What img2dataset leaves: key.jpg, key.txt and key.json; both hold the caption."""
+    for name, caption in (("cat", "A cat sleeps."), ("dog", "A dog runs.")):
+        facts = {"url": "https://photos.org/1.jpg", "caption": caption, "key": name, "width": 300}
+        dataset(tmp_path, json.dumps(facts, indent=4), file=f"Images/{name}.json")
+        if name == "dog":
+            dataset(tmp_path, caption, file="Images/dog.txt")
+    data = dataset(tmp_path, '{"count": 2}', file="Images_stats.json")
+    read = caption_files.read_captions(data)
+    assert sorted(read.rows) == [("cat.jpg", "A cat sleeps."), ("dog.jpg", "A dog runs.")]
+    assert read.without_caption == ["sky.jpg"]
+
+
+def test_captions_may_lie_beside_the_photos_in_files_named_so(tmp_path):
+    data = dataset(tmp_path, "A dog runs.", file="Images/dog.caption")
+    assert caption_files.read_captions(data).rows == [("dog.jpg", "A dog runs.")]
+
+
+@pytest.mark.parametrize("beside", ["0 0.51 0.48 0.2 0.3\n", '{"shapes": [{"label": "dog"}]}'])
+def test_files_beside_the_photos_that_hold_no_sentence_are_no_captions(tmp_path, beside):
+    suffix = ".json" if beside.startswith("{") else ".txt"
+    data = dataset(tmp_path, beside, file=f"Images/dog{suffix}")
+    with pytest.raises(st.ArtifactError, match=f"holds captions.*Tried: dog{suffix}"):
+        caption_files.read_captions(data)
+    data = dataset(tmp_path, "image,caption\ndog.jpg,A dog runs.\n")
+    assert caption_files.read_captions(data).rows == [("dog.jpg", "A dog runs.")]
 
 
 def test_parquet_is_read_or_asks_for_what_reads_it(tmp_path):
