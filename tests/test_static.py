@@ -26,7 +26,8 @@ for package in publish.EXPORT_PACKAGES:
     pytest.importorskip(package)
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_thisTokenMustShowUpNowhere"
-CAT, COFFEE = (ROOT / "space/examples" / name for name in ("cat.jpg", "coffee.jpg"))
+EXAMPLES = ROOT / "space/examples"
+CAT, COFFEE = EXAMPLES / "cat.jpg", EXAMPLES / "coffee.jpg"
 WORDS = "a brown dog runs on the grass two men sit in snow red bird flies over blue water 's"
 SIDE = 96  # small, for speed: a grid of 3 x 3 that is pooled to 7 x 7
 
@@ -41,12 +42,14 @@ def export():
     return module
 
 
-def save_captioner(folder: Path, tiny_model: Path, decoder: str, regions: int, sizes: dict) -> Path:
+def save_captioner(
+    folder: Path, tiny_model: Path, decoder: str, regions: int, sizes: dict, seed: int = 1
+) -> Path:
     """Save a captioner of random weights that generates another caption for each photo."""
     config = st.read_json(tiny_model / "config.json")
     vocab = st.Vocab([*st.SPECIAL, *sorted(set(WORDS.split()))])
     width = config["width"]
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     moments = (torch.zeros(width), torch.ones(width))
     captioner = st.Captioner(decoder, width, len(vocab), moments, **sizes)
     for parameter in captioner.parameters():
@@ -62,36 +65,68 @@ def save_captioner(folder: Path, tiny_model: Path, decoder: str, regions: int, s
 @pytest.mark.parametrize(
     ("decoder", "regions", "sizes"),
     [
-        ("lstm", 1, {"embedding": 16, "hidden": 32}),
         ("attention", 49, {"embedding": 16, "hidden": 32, "attention": 16}),
         ("transformer", 49, {"hidden": 32, "layers": 2, "heads": 2, "regions": 49}),
     ],
 )
-def test_every_decoder_gives_the_modules_captions_as_onnx(
+def test_decoders_that_see_the_grid_give_the_modules_captions_as_onnx(
     export, tiny_model, tmp_path, capsys, decoder, regions, sizes
 ):
     model = save_captioner(tmp_path / "model", tiny_model, decoder, regions, sizes)
-    export.export(model, tmp_path / "out", photos=ROOT / "space/examples")  # compares captions
+    export.export(model, tmp_path / "out", photos=EXAMPLES)  # compares captions
     assert "for 28 of 28 photos" in capsys.readouterr().out
     assert listing(tmp_path / "out") == ["README.md", "captioner.json", "encoder.onnx", "step.onnx"]
 
 
-def test_in_8_bits_the_graphs_are_half_as_large(export, tiny_model, tmp_path, capsys):
-    export.export(tiny_model, tmp_path, int8=True, photos=ROOT / "space/examples")
+LSTM = {"decoder": "lstm", "regions": 1, "sizes": {"embedding": 16, "hidden": 32}}
+
+
+@pytest.fixture(scope="module")
+def lstm(tiny_model, tmp_path_factory):
+    return save_captioner(tmp_path_factory.mktemp("lstm") / "model", tiny_model, **LSTM)
+
+
+@pytest.fixture(scope="module")
+def lstm_graphs(export, lstm, tmp_path_factory):
+    """Graphs of that captioner, whose tracing takes seconds, and the description of its state."""
+    folder, storyteller = tmp_path_factory.mktemp("graphs"), st.Storyteller.from_pretrained(lstm)
+    backbone = export.fresh_backbone(lstm, storyteller.config)
+    return folder, export.write_graphs(storyteller, backbone, folder)
+
+
+@pytest.fixture
+def traced(export, lstm_graphs, monkeypatch):
+    """Whatever is exported gets these graphs."""
+    folder, state = lstm_graphs
+
+    def write_graphs(storyteller, backbone, out):
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+        return state
+
+    monkeypatch.setattr(export, "write_graphs", write_graphs)
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_lstm_does_so_too_and_in_8_bits_its_graphs_are_half_as_large(
+    export, lstm, tmp_path, capsys
+):
+    sizes, equal = {}, {}
+    for precision in ("float16", "int8"):
+        out = export.export(lstm, tmp_path / precision, precision == "int8", EXAMPLES)
+        assert st.read_json(out / "captioner.json")["precision"] == precision
+        sizes[precision] = sum(path.stat().st_size for path in out.glob("*.onnx"))
+        equal[precision] = int(re.search(r"(\d+) of 28 photos", capsys.readouterr().out)[1])
     # EfficientNet-Lite0 has 3.4 million weights in its convolutions.
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.onnx")) < 4_000_000
-    assert st.read_json(tmp_path / "captioner.json")["precision"] == "int8"
+    assert sizes["int8"] < 4_000_000 < 6_000_000 < sizes["float16"] < 8_000_000
     # Scores differ in the third digit, which says nothing about the captions.
-    equal = re.search(r"for (\d+) of 28 photos", capsys.readouterr().out)[1]
-    assert int(equal) >= 5
+    assert equal["float16"] == 28 and equal["int8"] >= 5
 
 
-def test_graphs_that_caption_otherwise_are_refused(export, tiny_model, tmp_path, monkeypatch):
-    sizes = {"embedding": 16, "hidden": 32, "attention": 16}
-    model = save_captioner(tmp_path / "model", tiny_model, "attention", 49, sizes)
-    monkeypatch.setattr(export, "pooling_matrix", lambda size, pooled: torch.ones(pooled, size))
+@pytest.mark.usefixtures("traced")
+def test_graphs_that_caption_otherwise_are_refused(export, tiny_model, tmp_path):
+    other = save_captioner(tmp_path / "model", tiny_model, **LSTM, seed=2)
     with pytest.raises(st.ArtifactError, match=r"other captions than .* Do not publish"):
-        export.export(model, tmp_path / "out", photos=ROOT / "space/examples")
+        export.export(other, tmp_path / "out", photos=EXAMPLES)
 
 
 @pytest.mark.fast
@@ -280,32 +315,37 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def open_static(chromium, served):
-    """Open the page; at the end its console is clean, and nothing went to another server."""
-    opened, errors = [], []
+@pytest.fixture(scope="module")
+def errors():
+    """What was said in a page's console, or asked of another server."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, served, errors):
+    """The page, which takes seconds to open."""
 
     def note(request):
         if not request.url.startswith((served, "data:", "blob:")):
             errors.append(f"a request to {request.url}")
 
-    def opener(width=1280, height=900, scheme="light"):
-        context = chromium.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme
-        )
-        page = context.new_page()
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        context.on("request", note)
-        page.goto(served)
-        page.locator("#examples button").first.wait_for(timeout=SECONDS)
-        opened.append(context)
-        return page
+    context = chromium.new_context()
+    page = context.new_page()
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    context.on("request", note)
+    page.goto(served)
+    page.locator("#examples button").first.wait_for(timeout=SECONDS)
+    yield page
+    context.close()
 
-    opener.errors = errors
-    yield opener
-    for context in opened:
-        context.close()
+
+@pytest.fixture
+def page(opened, errors):
+    """The page as the test before left it, without its caption; at the end there is no error."""
+    errors.clear()
+    opened.locator("#caption").evaluate("caption => caption.textContent = ''")
+    yield opened
     assert not errors
 
 
@@ -342,8 +382,7 @@ def in_page(page, code, *given):
 
 
 @needs_browser
-def test_the_browser_gives_the_modules_captions_and_alternatives(open_static, storyteller):
-    page = open_static()
+def test_the_browser_gives_the_modules_captions_and_alternatives(page, storyteller):
     photos = sorted(ROOT.glob("space/examples/*.jpg"))
     shared = ROOT.parent / "shared/flickr8k/Images"
     photos += sorted(shared.iterdir())[:5] if shared.is_dir() else []
@@ -360,8 +399,7 @@ def test_the_browser_gives_the_modules_captions_and_alternatives(open_static, st
 
 
 @needs_browser
-def test_the_examples_say_what_it_has_learned_and_what_not(open_static, storyteller):
-    page = open_static()
+def test_the_examples_say_what_it_has_learned_and_what_not(page, storyteller):
     groups = page.locator("#examples > div")
     expect(groups.nth(0)).to_contain_text("What it has learned")
     expect(groups.nth(1)).to_contain_text("What it has not: it guesses")
@@ -374,12 +412,12 @@ def test_the_examples_say_what_it_has_learned_and_what_not(open_static, storytel
 
 
 @needs_browser
-def test_a_photo_takes_well_under_a_second_on_a_quiet_machine(open_static):
+def test_a_photo_takes_well_under_a_second_on_a_quiet_machine(page):
     sys.path.append(str(ROOT / "tests/bench"))
     import browser
 
     # On a busy one it takes longer: the best of the examples, and a bound ten times as high.
-    assert min(browser.seconds_of_photos(open_static(), 0)[0]) < 3
+    assert min(browser.seconds_of_photos(page, 0)[0]) < 3
 
 
 @needs_browser
@@ -412,8 +450,7 @@ def test_with_the_spaces_headers_it_uses_threads_and_captions_the_same(
         {"no_repeat": 0, "length_preference": 2.0},
     ],
 )
-def test_every_decoding_is_the_modules(open_static, storyteller, decoding):
-    page = open_static()
+def test_every_decoding_is_the_modules(page, storyteller, decoding):
     caption = storyteller.caption(COFFEE, **decoding)[0]
     code = """const blob = await (await fetch('examples/coffee.jpg')).blob();
     const r = await m.caption(c, blob, given[0]);
@@ -428,8 +465,7 @@ def test_every_decoding_is_the_modules(open_static, storyteller, decoding):
 
 
 @needs_browser
-def test_pixels_are_resized_to_the_bit_as_the_module_does(open_static, tmp_path):
-    page = open_static()
+def test_pixels_are_resized_to_the_bit_as_the_module_does(page, tmp_path):
     random = np.random.default_rng(0)
     for height, width in ((1, 1), (5, 700), (700, 5), (333, 500), (64, 64), (1200, 801)):
         photo = random.integers(0, 256, (height, width, 3), np.uint8)
@@ -447,8 +483,7 @@ def test_pixels_are_resized_to_the_bit_as_the_module_does(open_static, tmp_path)
 
 
 @needs_browser
-def test_words_are_written_as_the_module_writes_them(open_static, export, shared):
-    page = open_static()
+def test_words_are_written_as_the_module_writes_them(page, export, shared):
     lines = (shared / "flickr8k/captions.txt").read_text(encoding="utf-8").splitlines()[1:2001]
     captions = [st.tokenize(line.split(",", 1)[1]) for line in lines]
     captions += [
@@ -467,8 +502,7 @@ def test_words_are_written_as_the_module_writes_them(open_static, export, shared
 
 
 @needs_browser
-def test_a_word_shows_its_attention_by_pointer_and_by_keyboard(open_static):
-    page = open_static()
+def test_a_word_shows_its_attention_by_pointer_and_by_keyboard(page):
     give(page, COFFEE)
     words = page.locator("#words label")
     words.first.wait_for(timeout=SECONDS)
@@ -486,8 +520,7 @@ def test_a_word_shows_its_attention_by_pointer_and_by_keyboard(open_static):
 
 
 @needs_browser
-def test_a_guess_shows_the_other_captions_above_its_details(open_static, storyteller):
-    page = open_static()
+def test_a_guess_shows_the_other_captions_above_its_details(page, storyteller):
     unsure = page.locator("#unsure")
     for name in ("cat.jpg", "photographer.jpg", "cat.jpg"):
         photo = ROOT / "space/examples" / name
@@ -505,9 +538,8 @@ def test_a_guess_shows_the_other_captions_above_its_details(open_static, storyte
 
 @needs_browser
 def test_several_photos_give_a_table_and_a_csv_and_go_on_past_a_broken_one(
-    open_static, storyteller, tmp_path
+    page, storyteller, tmp_path
 ):
-    page = open_static()
     (tmp_path / 'no "photo", really.jpg').write_bytes(CAT.read_bytes()[:200])
     give(page, CAT, tmp_path / 'no "photo", really.jpg', COFFEE)
     expect(page.locator("#count")).to_have_text("3 of 3 photos captioned", timeout=SECONDS)
@@ -525,8 +557,7 @@ def test_several_photos_give_a_table_and_a_csv_and_go_on_past_a_broken_one(
 
 
 @needs_browser
-def test_a_photo_can_be_pasted_and_dropped(open_static, storyteller):
-    page = open_static()
+def test_a_photo_can_be_pasted_and_dropped(page, storyteller):
     send = """async ([name, kind]) => {
       const blob = await (await fetch(`examples/${name}`)).blob();
       const data = new DataTransfer();
@@ -544,9 +575,8 @@ def test_a_photo_can_be_pasted_and_dropped(open_static, storyteller):
 
 @needs_browser
 def test_a_broken_file_a_huge_photo_and_a_bomb_are_said_and_the_page_lives_on(
-    open_static, storyteller, tmp_path
+    page, storyteller, tmp_path
 ):
-    page = open_static()
     (tmp_path / "notes.jpg").write_text("not a photo")
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png")
     data = bytearray((tmp_path / "bomb.png").read_bytes())
@@ -557,14 +587,13 @@ def test_a_broken_file_a_huge_photo_and_a_bomb_are_said_and_the_page_lives_on(
         see_caption(page, re.compile(rf"{name} is not a photo that this browser can read\."))
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     large = Image.fromarray(noise).resize((6000, 4500))
-    large.save(tmp_path / "large.png")
+    large.save(tmp_path / "large.png", compress_level=1)
     give(page, tmp_path / "large.png")
     see_caption(page, storyteller.caption(tmp_path / "large.png")[0].text)
 
 
 @needs_browser
-def test_it_works_without_a_network_once_loaded(open_static, storyteller):
-    page = open_static()
+def test_it_works_without_a_network_once_loaded(page, errors, storyteller):
     page.wait_for_function(
         "navigator.serviceWorker.ready.then(() => caches.open('storyteller'))"
         ".then(cache => cache.keys()).then(keys => keys.length === 3)",
@@ -575,8 +604,9 @@ def test_it_works_without_a_network_once_loaded(open_static, storyteller):
     expect(page.locator("#loading")).to_be_hidden(timeout=SECONDS)
     give(page, CAT)
     see_caption(page, storyteller.caption(CAT)[0].text)
+    page.context.set_offline(False)
     # The examples' own pictures need the network.
-    open_static.errors[:] = [e for e in open_static.errors if "Failed to load resource" not in e]
+    errors[:] = [error for error in errors if "Failed to load resource" not in error]
 
 
 @needs_browser
@@ -584,15 +614,16 @@ def test_it_works_without_a_network_once_loaded(open_static, storyteller):
     ("name", "width", "scheme"),
     [("wide", 1280, "light"), ("phone", 390, "light"), ("dark", 1280, "dark")],
 )
-def test_it_fits_the_screen_and_names_its_controls(open_static, name, width, scheme):
-    page = open_static(width, scheme=scheme)
+def test_it_fits_the_screen_and_names_its_controls(page, name, width, scheme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
     give(page, CAT, COFFEE)
     expect(page.locator("#count")).to_have_text("2 of 2 photos captioned", timeout=SECONDS)
-    for summary in page.locator("summary").all():
-        summary.click()
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"static_{name}.png", full_page=True)
     assert page.locator("#caption").get_attribute("aria-live") == "polite"
     for label in ("Choose photos", "Method", "Beam width", "Length preference"):
         expect(page.get_by_label(label)).to_be_attached()
+    page.get_by_role("button", name="Clear").click()
