@@ -1,10 +1,10 @@
 """Run stages in tests as their notebooks do, or the notebooks themselves."""
 
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 
@@ -31,16 +31,16 @@ PAPERMILL = [
 
 
 @cache
-def _cell(stage: str) -> str:
+def _cells(stage: str) -> list[str]:
+    """Return the code of a notebook's cells; the first has the parameters."""
     notebook = nbformat.read(ROOT / f"notebooks/{stage}.ipynb", as_version=4)
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    return cell.source
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def parameters(stage: str, **changes) -> dict:
     """Return a stage's parameters as its notebook's cell has them, but for `changes`."""
     values: dict = {}
-    exec(_cell(stage), values)
+    exec(_cells(stage)[0], values)
     values = {name: value for name, value in values.items() if not name.startswith("__")}
     if unknown := changes.keys() - values.keys():
         raise ValueError(f"{stage} has no parameter {', '.join(sorted(unknown))}")
@@ -59,11 +59,31 @@ def copy_project(folder):
     shutil.copy(ROOT / "storyteller_utils.py", folder)
 
 
-def papermill(folder, stage, **parameters):
-    """Run a stage's notebook in a copied project; AssertionError with the end of its log."""
-    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    notebook = f"notebooks/{stage}.ipynb"
-    done = subprocess.run(
-        [*PAPERMILL, notebook, notebook, *given], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_notebook(folder, stage, **parameters):
+    """Run a stage's notebook in a copied project, in a kernel of its own."""
+    import papermill  # here, as few need it
+
+    notebook = str(folder / f"notebooks/{stage}.ipynb")
+    options = {"progress_bar": False, "execution_timeout": 600, "cwd": str(folder)}
+    papermill.execute_notebook(notebook, notebook, parameters, **options)
+
+
+def run_cells(stage, **changes):
+    """Do what a notebook's cells do, in the working folder; it takes no kernel and no worker.
+
+    What the cells would show is made, but not rendered.
+    """
+    variables = parameters(stage, **changes) | {"display": lambda shown: None}
+    with patch.object(sys, "path", [*sys.path]), patch.object(st.Run, "launch", _work):
+        for cell in _cells(stage)[1:]:
+            exec(cell, variables)
+
+
+def _work(run, command):
+    import extraction  # here, as few need them
+    import training
+
+    if command == "extract":
+        extraction.extract_worker(run.job())
+    else:
+        training.Trainer(run.job()).run()

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import storyteller_utils as st
-from support import copy_project, papermill
+from support import copy_project, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSED = "in every reference, not said"
@@ -30,7 +30,7 @@ def executed(tmp_path_factory):
             patch.setenv(name, TOKEN)
         (folder / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
         for stage in st.STAGES:
-            papermill(folder, stage)
+            run_notebook(folder, stage)
     return folder
 
 
