@@ -485,6 +485,12 @@ _DOUBTFUL = re.compile(
 )
 
 
+def _plain(text: str) -> str:
+    """Remove web pages' marks ("&amp;") and Flickr30k Entities' ("[/EN#1/people Two men]")."""
+    text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
+    return re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text)
+
+
 @dataclass
 class Captions:
     """Captions as written, and every line or name that could not be used.
@@ -510,10 +516,7 @@ class Captions:
 
     def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
         """Add a row of the table: a photo's name and its captions."""
-        # "&amp;" as web pages write it
-        texts = [
-            re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text) for text in texts if text
-        ]
+        texts = [_plain(text) for text in texts if text]
         if not name or not texts:
             self.unread.append((line, "no caption" if name else "no photo name"))
             return
@@ -573,12 +576,7 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
     Raises ArtifactError when there is none, when there are several, or none names a photo.
     """
     names = _Names(dataset.photos)
-    photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
-    beside = {
-        path
-        for path in dataset.tables
-        if path.suffix.lower() in _BESIDE and path.with_suffix("") in photo_of
-    }
+    beside = _files_of_photos(dataset, names)
     tables = [path for path in dataset.tables if path not in beside]
     if captions:
         tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
@@ -601,7 +599,7 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
         if new and all(read.rows != other.rows for other in reads):
             reads.append(read)
     if not captions:
-        read = _read_beside(beside, photo_of, names)
+        read = _read_beside(beside, names)
         if read.rows and all(sorted(read.rows) != sorted(other.rows) for other in reads):
             reads.append(read)
     reads = reads if captions else [read for read in reads if read.fits()] or reads
@@ -664,29 +662,44 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     return read
 
 
-# Of several files beside a photo, the last one counts.
-_BESIDE = [".json", ".txt", ".caption"]
+# Of several files of a photo, the last one counts.
+_OF_A_PHOTO = [".json", ".txt", ".caption"]
 
 
-def _read_beside(paths: Iterable[Path], photo_of: dict[Path, str], names: _Names) -> Captions:
-    """Read the files beside the photos: text, a caption a line, or JSON that holds captions.
+def _files_of_photos(dataset: st.Dataset, names: _Names) -> dict[Path, str]:
+    """Find the files that are named as a photo: beside it, or most photos' in another folder."""
+    photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
+    files, elsewhere = {}, {}
+    for path in dataset.tables:
+        if path.suffix.lower() not in _OF_A_PHOTO:
+            continue
+        stem = path.with_suffix("")
+        if stem in photo_of:
+            files[path] = photo_of[stem]
+        elif photo := names.find(stem.relative_to(dataset.folder).as_posix())[0]:
+            elsewhere[path] = photo
+    return files | elsewhere if 2 * len(elsewhere) >= len(dataset.photos) else files
+
+
+def _read_beside(files: dict[Path, str], names: _Names) -> Captions:
+    """Read a file a photo: text, a caption a line, or JSON that holds captions.
 
     If no line of any is a sentence, they hold something else, as a detector's boxes.
     """
-    paths = sorted(paths, key=lambda path: (_BESIDE.index(path.suffix.lower()), path))
-    chosen = {path.with_suffix(""): path for path in paths}
-    read = Captions(files={"the files beside the photos": ""})
-    for stem, path in chosen.items():
+    paths = sorted(files, key=lambda path: (_OF_A_PHOTO.index(path.suffix.lower()), path))
+    chosen = {files[path]: path for path in paths}
+    read = Captions(files={"a file for each photo": ""})
+    for photo, path in chosen.items():
         text, _ = _decode(path.read_bytes())
         lines = text.splitlines()
         if path.suffix.lower() == ".json":
             lines = []
             with contextlib.suppress(ValueError, RecursionError):
                 lines = _texts(json.loads(text))
-        read.add(0, names, "", photo_of[stem], [" ".join(line.split()) for line in lines])
+        read.add(0, names, "", photo, [" ".join(line.split()) for line in lines])
     if not any(_is_sentence(caption) for _, caption in read.rows):
         return Captions()
-    read.notes.append(f"{len(chosen)} files beside the photos: text, a caption a line, or JSON")
+    read.notes.append(f"{len(chosen)} files named as their photos: text, a caption a line, or JSON")
     return read
 
 

@@ -40,6 +40,7 @@ def dataset(
         path = folder / below / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(ONE_PIXEL)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     return st.Dataset.find(str(folder))
 
@@ -517,6 +518,25 @@ def test_photos_as_they_are_downloaded_have_text_and_json_beside_them(tmp_path):
     read = caption_files.read_captions(data)
     assert sorted(read.rows) == [("cat.jpg", "A cat sleeps."), ("dog.jpg", "A dog runs.")]
     assert read.without_caption == ["sky.jpg"]
+
+
+def test_text_files_of_most_photos_may_lie_in_a_folder_of_their_own(tmp_path):
+    """Flickr30k Entities' Sentences/, and CUB's text/ with a folder for each kind of bird."""
+    marked = "[/EN#1/people Two men] in [/EN#2/bodyparts/clothing red hats] stand .\nThey stand .\n"
+    dataset(tmp_path, marked, ["a/1.jpg", "b/1.jpg"], file="Sentences/a/1.txt")
+    dataset(tmp_path, "A [/EN#3/notvisual sunny] day .", [], file="Sentences/b/1.txt")
+    data = dataset(tmp_path, "notes", [], file="readme.txt")
+    assert caption_files.read_captions(data).rows == [
+        ("a/1.jpg", "Two men in red hats stand ."),
+        ("a/1.jpg", "They stand ."),
+        ("b/1.jpg", "A sunny day ."),
+    ]
+
+
+def test_a_table_named_as_one_of_many_photos_is_a_table(tmp_path):
+    photos = ["train.jpg", "dog.jpg", "cat.jpg"]
+    data = dataset(tmp_path, "dog.jpg A dog.\ncat.jpg A cat.\n", photos, file="train.txt")
+    assert caption_files.read_captions(data).rows == [("dog.jpg", "A dog."), ("cat.jpg", "A cat.")]
 
 
 def test_captions_may_lie_beside_the_photos_in_files_named_so(tmp_path):
