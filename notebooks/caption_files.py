@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import html
+import itertools
 import json
 import os
 import re
@@ -341,6 +342,11 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
     lines = re.split(r"\r\n|\r|\n", text)
+    # Remarks, and what Excel writes to tell itself the separator.
+    for i in itertools.takewhile(
+        lambda i: re.match(r"\s*(#|sep=.$|$)", lines[i]), range(len(lines))
+    ):
+        lines[i] = ""
     filled = [line for line in lines if line.strip()]
     sample = filled[:50] + filled[50 :: 1 + len(filled) // 200]
     scores = {}

@@ -420,6 +420,12 @@ def test_a_column_of_names_that_exist_comes_before_one_of_others(tmp_path):
     assert rows_of(tmp_path, text, photos=SCENES, file="list.csv") == PAIRS
 
 
+@pytest.mark.parametrize("first", ["sep=;\n", "# Captions\n\n# of 2024\n"])
+def test_remarks_before_a_table_are_no_part_of_it(tmp_path, first):
+    text = first + 'image;caption\ndog.jpg;"A dog; it runs."\ncat.jpg;A cat.\n'
+    assert rows_of(tmp_path, text) == [("dog.jpg", "A dog; it runs."), ("cat.jpg", "A cat.")]
+
+
 def test_signs_as_web_pages_write_them_are_read_as_signs(tmp_path):
     text = "image,caption\ndog.jpg,A man &amp; his dog&#39;s ball; AT&T &notes.\n"
     assert rows_of(tmp_path, text)[0][1] == "A man & his dog's ball; AT&T &notes."
