@@ -9,14 +9,12 @@ from faults import Ground, can_mount
 import storyteller_utils as st
 
 FEW = {
-    "kill-01": ("kill", "01_extract_features"),
     "kill-03": ("kill", "03_train_dual_t4"),
     "two-02": ("two", "02_vocab"),
     "leftover-01": ("leftover", "01_extract_features"),
     "full-02": ("full", "02_vocab"),
     "read-only-02": ("read_only", "02_vocab"),
-    "damaged-features": ("damaged", "01_extract_features", "features.npy"),
-    "damaged-manifest": ("damaged", "02_vocab", "manifest.json"),
+    "damaged-01": ("damaged", "01_extract_features", "features.npy"),
 }
 
 
