@@ -6,7 +6,6 @@ import ast
 import contextlib
 import dataclasses
 import html
-import itertools
 import json
 import os
 import re
@@ -263,7 +262,7 @@ def _records(value) -> list:
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
         return images or annotations or next(iter(lists.values()), [])
-    if len(lists) > 1 and all(map(_SPLIT_FILE.search, value)):  # below the name of their split
+    if len(lists) > 1 and all(map(_SPLIT_FILE.search, lists)):  # below the name of their split
         of_splits = [(split, record) for split, records in lists.items() for record in records]
         return [
             record | {"split": split} for split, record in of_splits if isinstance(record, dict)
@@ -342,10 +341,9 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
     lines = re.split(r"\r\n|\r|\n", text)
-    # Remarks, and what Excel writes to tell itself the separator.
-    for i in itertools.takewhile(
-        lambda i: re.match(r"\s*(#|sep=.$|$)", lines[i]), range(len(lines))
-    ):
+    for i, line in enumerate(lines):  # remarks, and what Excel tells itself of the separator
+        if not re.match(r"\s*(#|sep=.$|$)", line):
+            break
         lines[i] = ""
     filled = [line for line in lines if line.strip()]
     sample = filled[:50] + filled[50 :: 1 + len(filled) // 200]
@@ -367,8 +365,8 @@ def _parse_text(text: str, names: _Names) -> _Table | None:
 
 
 def _pair(line: str) -> list[str]:
-    """Cut a line into a name and what follows a space, or a sign such as ": ", "= " or "-> "."""
-    hit = re.match(r"\s*(\S+?)\s*(?:[:=\uff1a\u2192]|[-=]>)?\s+(\S.*)", line)
+    """Cut a line into a name and what follows a space, or a sign such as ": ", "- " or "-> "."""
+    hit = re.match(r"\s*(\S+?)\s*(?:[:=\uff1a\u2192\u2013\u2014-]|[-=]>)?\s+(\S.*)", line)
     return list(hit.groups()) if hit else line.split()
 
 

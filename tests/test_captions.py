@@ -407,7 +407,7 @@ def test_a_caption_that_begins_with_a_number_is_whole(tmp_path):
     assert rows_of(tmp_path, text)[0] == ("dog.jpg", "1, 2 and 3 dogs run")
 
 
-@pytest.mark.parametrize("sign", [": ", " : ", " = ", " -> ", " => ", "\uff1a "])
+@pytest.mark.parametrize("sign", [": ", " : ", " = ", " - ", " \u2013 ", " -> ", "\uff1a "])
 def test_a_sign_between_name_and_caption_is_no_part_of_either(tmp_path, sign):
     text = "".join(f"{name}{sign}{caption}\n" for name, caption in PAIRS)
     assert rows_of(tmp_path, text, photos=SCENES) == PAIRS
