@@ -1,5 +1,6 @@
 """Photos to features: odd files, preprocessing, backbones, an extraction that may be stopped."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -1156,7 +1157,14 @@ def test_a_killed_process_loses_nothing_but_its_last_batch(here, drawn, undistur
         [sys.executable, st.__file__, "extract", "job.json"], stderr=subprocess.DEVNULL
     )
     written = run.out / ".partial/features.npy"
-    while worker.poll() is None and not (written.is_file() and np.load(written, "r")[3].any()):
+
+    def begun_fourth() -> bool:
+        # At first the file is not there, or not as large as it will be.
+        with contextlib.suppress(FileNotFoundError, EOFError, ValueError):
+            return np.load(written, "r")[3].any()
+        return False
+
+    while worker.poll() is None and not begun_fourth():
         time.sleep(0.005)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
