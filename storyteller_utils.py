@@ -1996,6 +1996,17 @@ class State(NamedTuple):
     caption: dict[str, Tensor]
 
 
+def _draw(weight: Tensor, std: float) -> Tensor:
+    # On the meta device, where captioners are loaded, it would import torch's compiler: seconds.
+    return weight if weight.is_meta else nn.init.normal_(weight, std=std)
+
+
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # for the same reason
+            super().reset_parameters()
+
+
 class PooledLSTM(nn.Module):
     """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
 
@@ -2015,7 +2026,7 @@ class PooledLSTM(nn.Module):
     ):
         super().__init__()
         self.encoder = nn.Linear(features, hidden)
-        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.embedding = _Embedding(vocabulary, embedding, padding_idx=PAD)
         self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
         self.output = nn.Linear(hidden, vocabulary)
         self.dropout = nn.Dropout(dropout)
@@ -2052,7 +2063,7 @@ class PooledLSTM(nn.Module):
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
     """Let the output layer share the embedding's weights: better on few captions."""
     # So small that the first logits, products of H terms, stay near 1.
-    nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
+    _draw(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
     output.weight = embedding.weight  # (V, H)
 
@@ -2084,7 +2095,7 @@ class AttentionLSTM(nn.Module):
         self.query = nn.Linear(hidden, attention)
         self.score = nn.Linear(attention, 1)
         self.gate = nn.Linear(hidden, hidden)
-        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.embedding = _Embedding(vocabulary, embedding, padding_idx=PAD)
         self.lstm = nn.LSTMCell(embedding + hidden, hidden)
         self.join = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(2 * hidden + embedding, embedding), nn.Dropout(dropout)
@@ -2245,8 +2256,8 @@ class TransformerDecoder(nn.Module):
         self.encoder = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(features, hidden), nn.LayerNorm(hidden)
         )
-        self.regions = nn.init.normal_(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
-        self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
+        self.regions = _draw(nn.Parameter(torch.empty(regions, hidden)), std=0.02)
+        self.embedding = _Embedding(vocabulary, hidden, padding_idx=PAD)
         self.layers = nn.ModuleList(
             _TransformerLayer(hidden, heads, dropout) for _ in range(layers)
         )

@@ -1,5 +1,9 @@
 """The decoder and its loss, against plain formulas."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +11,7 @@ import torch.nn.functional as F
 import storyteller_utils as st
 
 pytestmark = pytest.mark.fast
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def captioner(decoder="lstm", vocabulary=50, width=12, **sizes):
@@ -197,3 +202,12 @@ def test_captioners_saved_under_the_old_names_of_parameters_load(decoder):
     again.load_state_dict(saved)
     features, words = captions()
     assert torch.equal(again(features, words)[0], model(features, words)[0])
+
+
+def test_loading_a_captioner_does_not_import_torchs_compiler(tiny_model):
+    """It takes seconds, and drawing weights on the meta device would need it."""
+    code = "import sys, storyteller_utils as st; st.Storyteller.from_pretrained(sys.argv[1]); "
+    code += "print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
