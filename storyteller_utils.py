@@ -1833,7 +1833,7 @@ def _build_efficientnet(size: str, weights: str) -> Backbone:
     with torch.device("meta"):
         network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
-    # The same numbers in two thirds of the time: the package copies what it pads or cuts off.
+    # The same numbers, faster: the package copies what it pads or cuts off.
     for layer in network.modules():
         if isinstance(layer, nn.ReLU6):
             layer.inplace = True

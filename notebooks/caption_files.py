@@ -580,8 +580,8 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
     Raises ArtifactError when there is none, when there are several, or none names a photo.
     """
     names = _Names(dataset.photos)
-    beside = _files_of_photos(dataset, names)
-    tables = [path for path in dataset.tables if path not in beside]
+    of_photos = _files_of_photos(dataset, names)
+    tables = [path for path in dataset.tables if path not in of_photos]
     if captions:
         tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
         tables = tables or [path for path in (Path(captions),) if path.is_file()]
@@ -603,7 +603,7 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
         if new and all(read.rows != other.rows for other in reads):
             reads.append(read)
     if not captions:
-        read = _read_beside(beside, names)
+        read = _read_files_of_photos(of_photos, names)
         if read.rows and all(sorted(read.rows) != sorted(other.rows) for other in reads):
             reads.append(read)
     reads = reads if captions else [read for read in reads if read.fits()] or reads
@@ -685,7 +685,7 @@ def _files_of_photos(dataset: st.Dataset, names: _Names) -> dict[Path, str]:
     return files | elsewhere if 2 * len(elsewhere) >= len(dataset.photos) else files
 
 
-def _read_beside(files: dict[Path, str], names: _Names) -> Captions:
+def _read_files_of_photos(files: dict[Path, str], names: _Names) -> Captions:
     """Read a file a photo: text, a caption a line, or JSON that holds captions.
 
     If no line of any is a sentence, they hold something else, as a detector's boxes.

@@ -22,14 +22,6 @@ CHROMIUM_FLAGS = [
 ]
 
 
-PAPERMILL = [
-    Path(sys.executable).with_name("papermill"),
-    "--no-progress-bar",
-    "--execution-timeout",
-    "600",
-]
-
-
 @cache
 def _cells(stage: str) -> list[str]:
     """Return the code of a notebook's cells; the first has the parameters."""

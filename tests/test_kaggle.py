@@ -21,7 +21,6 @@ from local_kaggle import LocalKaggle
 
 import sample
 import storyteller_utils as st
-from support import PAPERMILL
 
 ROOT = Path(__file__).resolve().parents[1]
 SLUGS = {stage: f"me/neural-storyteller-{stage.replace('_', '-')}" for stage in st.STAGES}
@@ -29,6 +28,12 @@ METADATA = {
     stage: json.loads((ROOT / "kaggle" / stage / "kernel-metadata.json").read_text())
     for stage in st.STAGES
 }
+PAPERMILL = [
+    Path(sys.executable).with_name("papermill"),
+    "--no-progress-bar",
+    "--execution-timeout",
+    "600",
+]
 PARAMETERS = ["backbone=efficientnet_lite0", "epochs=1", "min_count=1", "beam_width=2"]
 # Every way in which Kaggle has been seen to mount an input, below /kaggle/input.
 LAYOUTS = {
