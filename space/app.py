@@ -29,7 +29,8 @@ MODEL = Path(os.environ.get("MODEL") or HERE / "model")
 STORYTELLER = st.Storyteller.from_pretrained(MODEL)
 TRAINED_ON, PREPROCESSING = STORYTELLER.config["dataset"], STORYTELLER.config["preprocessing"]
 MAX_PHOTOS, MAX_WORDS_CHARS, MAX_CHARS = 50, 100, 1000
-LEARNED = {"dog.jpg", "photographer.jpg"}  # of the examples: what its photos show; page.js too
+# Of the examples, what its photos show; page.js too.
+LEARNED = {"bicycle.jpg", "dog.jpg", "egret.jpg", "photographer.jpg", "runner.jpg"}
 EXAMPLES = sorted(
     (str(p) for p in (HERE / "examples").iterdir() if p.suffix in (".jpg", ".png")),
     key=lambda path: (Path(path).name not in LEARNED, path),

@@ -5,7 +5,8 @@ const waiting = new Map(); // id of a message -> how its promise ends
 const photos = []; // of the table: {name, blob, url, result, problem, row}
 let shown; // the photo on the stage
 let captioner; // what the worker says of it
-const LEARNED = new Set(['dog.jpg', 'photographer.jpg']); // what its photos show; app.py too
+// Of the examples, what its photos show; app.py too.
+const LEARNED = new Set(['bicycle.jpg', 'dog.jpg', 'egret.jpg', 'photographer.jpg', 'runner.jpg']);
 const UNSURE = 0.3; // confidence below which a caption is a guess; app.py has it too
 
 // The worker -----------------------------------------------------------------------------------------
