@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -617,6 +618,17 @@ def test_the_grid_reads_from_the_upper_left_in_rows():
         (1, 6),
         (1, 5),
     }  # the photo's upper right corner
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc alone is told to")
+def test_the_next_photos_get_the_memory_of_those_before():
+    backbone = st.load_backbone("efficientnet_lite0").prepare(CPU, torch.float32)
+    photos, faults = torch.zeros(8, 3, 320, 320, dtype=torch.uint8), []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        backbone(photos, 1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 3000  # pages of 4 kB; 50,000 when each block is asked for anew
 
 
 def _module(tensors):
