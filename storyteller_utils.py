@@ -331,6 +331,7 @@ def progress(iterable=None, **options):
         where = {"mininterval": 1}
     else:
         where = {"mininterval": 15, "miniters": 1, "file": _Lines(), "ncols": 100}
+        options.pop("leave", None)  # lines stay; the last one shortens the silence after it
     return tqdm(iterable, **{"unit_scale": options.get("unit") == "B", **where, **options})
 
 

@@ -600,8 +600,9 @@ def test_peak_memory_is_in_bytes_on_every_system(here, data, monkeypatch, platfo
     assert kib * unit <= finished(VOCAB, data)["memory"] < kib * unit * 100
 
 
-def test_away_from_a_terminal_a_bar_is_a_few_whole_lines(capsys):
-    for _ in st.progress(range(1000), desc="reading", total=1100, initial=100):
+@pytest.mark.parametrize("leave", [True, False])
+def test_away_from_a_terminal_a_bar_is_a_few_whole_lines(capsys, leave):
+    for _ in st.progress(range(1000), desc="reading", total=1100, initial=100, leave=leave):
         pass
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 3 and all("reading" in line for line in lines)
