@@ -1710,7 +1710,7 @@ class Backbone(nn.Module):
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let malloc keep what a network frees for its next photos; 1.3x as fast.
+    """Let malloc keep what a network frees for its next photos.
 
     By default glibc gives such blocks back, and the kernel clears them anew, page by page.
     """
