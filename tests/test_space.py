@@ -445,7 +445,7 @@ def test_requirements_name_no_gradio_and_every_example_has_a_licence():
     licences = (ROOT / "space/examples/README.md").read_text(encoding="utf-8")
     photos = [p for p in (ROOT / "space/examples").iterdir() if p.suffix == ".jpg"]
     assert len(photos) >= 4 and all(f"`{p.name}`" in licences for p in photos)
-    assert sum(p.stat().st_size for p in photos) < 300_000
+    assert sum(p.stat().st_size for p in photos) < 200_000
 
 
 def test_no_app_outlives_who_checks_it(space):
