@@ -1,30 +1,35 @@
 """Disturb every stage and see that nothing is lost: `make faults`; test_faults.py does a few of
 each kind.
 
-A stage is what its notebook's cells do, run as a program of their own on 40 drawn photos. After
-each fault, the stage is run again (after damage to what it leaves, the next stage): either the
+A stage is what its notebook's cells do, run as a program of their own on 40 drawn photos (forked
+from a process that has imported what they import, which would take longer than they do). After each
+fault, the stage is run again (after damage to what it leaves, the next stage): either the
 result equals the undisturbed one's, or one message names the file and says what to do. Moments and
 bytes are drawn from a seed.
 """
 
 import collections
 import contextlib
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 
+# Before torch: workers and programs have a thread each.
+os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import sample  # noqa: E402
@@ -39,6 +44,10 @@ SETTINGS = {
     "05_deploy": "",
 }
 SLOW = 180
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["IPython", "matplotlib.figure", "nbformat", "nltk", "pandas", "torch"]
+)
 
 
 @dataclass
@@ -88,6 +97,29 @@ def counts(folder: Path, stage: str) -> dict:
     return found
 
 
+def be_program(folder: Path, stage: str, environment: dict[str, str], written) -> None:
+    """Run a stage's cells as a program in `folder` does, whose output goes into a pipe."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ |= environment
+    for stream in (1, 2):
+        os.dup2(written.fileno(), stream)
+    written.close()
+    sys.stdout.reconfigure(line_buffering=True)
+    runpy.run_path(f"{stage}.py", run_name="__main__")
+
+
+def read(pipe, until: bytes = b"") -> Iterator[bytes]:
+    """Yield what comes out of a pipe, to its end or until a byte; TimeoutError if it takes long."""
+    ends = time.monotonic() + SLOW
+    while pipe.poll(max(0, ends - time.monotonic())):
+        block = os.read(pipe.fileno(), 1 if until else 65_536)
+        yield block
+        if block in (b"", until):
+            return
+    raise TimeoutError(f"no end after {SLOW} s")
+
+
 class Ground:
     """The dataset, every stage's undisturbed result, and how long each took."""
 
@@ -132,38 +164,30 @@ class Ground:
         SIGKILL it `after` seconds of work, its worker too or not. Returns status, output, seconds.
         """
         environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "MPLBACKEND": "agg",
             "PYTHONUNBUFFERED": "1",
             "STORYTELLER_KAGGLE_INPUT": str(folder / "no-kaggle"),
             "TMPDIR": str(self.folder),
         }
-        process = subprocess.Popen(
-            [sys.executable, f"{stage}.py"],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            start_new_session=True,
-        )
+        received, written = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=be_program, args=(folder, stage, environment, written))
+        process.start()
+        written.close()
         try:
-            output = process.stdout.readline()  # what `start` says, when the imports are done
-            began = time.monotonic()
+            # The first line is what `start` says, when the imports are done.
+            output, began = b"".join(read(received, until=b"\n")), time.monotonic()
             if after is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(after)
+                process.join(after)
                 (os.kill if only_notebook else os.killpg)(process.pid, signal.SIGKILL)
-            output += process.communicate(timeout=SLOW)[0]
         except ProcessLookupError:
-            output += process.communicate(timeout=SLOW)[0]
+            pass  # it has ended before
+        try:
+            output += b"".join(read(received))
         finally:
             if not only_notebook:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode, output.decode(errors="replace"), time.monotonic() - began
+        process.join()
+        return process.exitcode, output.decode(errors="replace"), time.monotonic() - began
 
     def judge(self, folder: Path, stage: str, names: str = "") -> tuple[str, str]:
         """Run a stage after a fault.
