@@ -39,7 +39,7 @@ EXAMPLES = sorted(
 attention.attention_page(EXAMPLES[0], STORYTELLER.caption(EXAMPLES[0])[0])
 CARD = (MODEL / "README.md").read_text(encoding="utf-8") if (MODEL / "README.md").is_file() else ""
 COLUMNS = ["photo", "caption", "score", "confidence", "problem"]
-WAITING = "*The caption will stand here.*"
+WAITING = "*The caption will appear here.*"
 UNSURE = 0.3  # confidence below which a caption is a guess; page.js has it too
 
 # Kaggle has gradio 5.49, the Space 6: theme, css and hiding moved in between.
@@ -165,7 +165,7 @@ def controls():
             st.Decoding.beam_width,
             step=1,
             label="Beam width",
-            info="captions it searches at once",
+            info="captions kept at each step",
         ),
     )
 
@@ -186,8 +186,8 @@ def more_controls():
         precision=0,
         minimum=0,
         maximum=MAX_CHARS,
-        label="Characters at most",
-        info="125 for alt text; 0 for any number",
+        label="Maximum characters",
+        info="125 for alt text; 0 for no limit",
     )
     return [*texts, most]
 
@@ -214,7 +214,7 @@ def introduction():
 def about():
     card = re.sub(r"\A---\n.*?\n---\n", "", CARD, flags=re.S)  # without its front matter
     return (
-        f"{card}\n\nPhotos sent to this page stay here, for about twenty minutes at most, and are "
+        f"{card}\n\nPhotos sent to this page are deleted within about twenty minutes, and are "
         "passed on to nobody."
     )
 
@@ -259,7 +259,7 @@ with Page(
                     st.Decoding.length_preference,
                     step=0.1,
                     label="Length preference",
-                    info="beam search: more is longer",
+                    info="beam search: higher values give longer captions",
                 )
                 heat = gr.Slider(
                     0.1,
@@ -267,13 +267,13 @@ with Page(
                     st.Decoding.temperature,
                     step=0.1,
                     label="Temperature",
-                    info="sampling: more is bolder",
+                    info="sampling: higher values give more varied captions",
                 )
                 seed = gr.Number(
                     None,
                     precision=0,
                     label="Seed",
-                    info="sampling: empty for another caption each time",
+                    info="sampling: leave empty for a new caption each time",
                 )
             with gr.Accordion("More", open=False, elem_id="more"):
                 steering = more_controls()
@@ -296,7 +296,7 @@ with Page(
         decoding = controls()
         many = gr.Button("Caption all photos", variant="primary")
         sheet = gr.Dataframe(headers=COLUMNS, wrap=True, interactive=False, label="Captions")
-        saved = gr.File(label="The same as CSV", height=100)
+        saved = gr.File(label="Captions as CSV", height=100)
     with gr.Tab("About"):
         gr.Markdown(about())
     asked = [photo, method, width, length, heat, seed, *steering]

@@ -30,7 +30,7 @@ worker.onmessage = ({data: {id, progress, result, error}}) => {
 worker.onerror = event => fail(event.message || 'The worker did not start.');
 
 async function load() {
-  say('The caption will stand here.', 'waiting');
+  say('The caption will appear here.', 'waiting');
   const base = new URL('model/', location.href).href;
   captioner = await ask({base}, share => { $('progress').value = share; });
   $('loading').hidden = true;
