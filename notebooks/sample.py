@@ -395,6 +395,10 @@ WORDINGS = (
 )
 
 
+GRADIENT = Image.linear_gradient("L").crop((0, 0, 1, 256))  # black to white, downwards
+DARKER = [255 - value // 3 for value in range(256)]
+
+
 def choose_scene(rng: random.Random) -> tuple[Scene, list[str]]:
     """Choose what is drawn, and write five captions of it."""
     subject = rng.choice(SUBJECTS)
@@ -450,10 +454,11 @@ def stamp(canvas, name: str, x: float, foot: float, tall: float, colour: str = "
         draw = {"oval": pen.ellipse, "box": pen.rectangle, "polygon": pen.polygon}[shape.kind]
         draw([point * tall / GRID for point in shape.points], tones[shape.tone])
     # Light falls from above.
-    fade = Image.linear_gradient("L").resize(size).point(lambda value: 255 - value // 3)
+    fade = GRADIENT.resize((1, size[1])).point(DARKER).resize(size)
     light = Image.merge("RGBA", (fade, fade, fade, Image.new("L", size, 255)))
     layer = ImageChops.multiply(layer, light).rotate(tilt)
-    left, top = int(x - tall / 2), int(foot - tall)
+    box = layer.getbbox()  # pasting takes as long for what is transparent
+    layer, left, top = layer.crop(box), int(x - tall / 2) + box[0], int(foot - tall) + box[1]
     if colour:
         line = max(1, canvas.height // 240)
         for dx, dy in ((-line, 0), (line, 0), (0, -line), (0, line)):
@@ -468,7 +473,7 @@ def paint_sky_and_ground(canvas, scene: Scene, horizon: int, shore: int) -> None
         (place.ground, place.foreground, shore, canvas.height),
     )
     for upper, lower, above, below in bands:
-        fade = ImageOps.colorize(Image.linear_gradient("L"), upper, lower)
+        fade = ImageOps.colorize(GRADIENT, upper, lower)
         band = fade.resize((canvas.width, below - above), Image.Resampling.NEAREST)
         canvas.paste(band, (0, above))
 
