@@ -2,8 +2,8 @@
 
 The tests that need a GPU; 01, 03 (original and best; float32, bfloat16, and float16 with GradScaler
 as on a T4; stopped and resumed; two processes on one GPU) and 04 on 1,000 drawn photos, beside the
-CPU's numbers; a part of the benchmarks. The report is outputs/gpu/report.md. With --cpu, 01, 02,
-best and 04 run in float16 on the CPU, on few photos: that the script works, not how fast.
+CPU's numbers; a part of the benchmarks. The report is outputs/gpu/report.md. With --cpu the
+steps run in float16 on the CPU, on fewer photos: that the script works, not how fast.
 """
 
 import argparse
@@ -39,24 +39,23 @@ class Step:
 def steps(usual: dict, cpu: bool) -> list[Step]:
     """List what is shown, in order, with `usual` parameters of 03: the most important first.
 
-    cpu  the script is tried without a GPU: the steps that need the others' results, in float16
+    cpu  the script is tried without a GPU: float16 alone, which is what differs there
     """
     original = {"batch_size": 32, **usual}
     best = {"recipe": "best", "self_critical": 1, **original}
-    compared = [
+    precisions = ["float16"] if cpu else ["float16", "bfloat16", "float32"]
+    compared = [] if cpu else [original | {"precision": "float32"}]
+    return [
+        Step("features and vocabulary", {EXTRACT: LITE | {"regions": 49}, VOCAB: {"min_count": 2}}),
         *(
             Step(f"original, {precision}", {TRAIN: original | {"precision": precision}})
-            for precision in ("float16", "bfloat16", "float32")
+            for precision in precisions
         ),
-        Step("original, float32, CPU", {TRAIN: original | {"precision": "float32"}}, cpu=True),
+        *(Step("original, float32, CPU", {TRAIN: parameters}, cpu=True) for parameters in compared),
         Step(
             "original, two processes on one GPU",
             {TRAIN: original | {"precision": "float16", "torchrun": "--nproc-per-node=2"}},
         ),
-    ]
-    return [
-        Step("features and vocabulary", {EXTRACT: LITE | {"regions": 49}, VOCAB: {"min_count": 2}}),
-        *([] if cpu else compared),
         Step("best, float16, stopped", {TRAIN: best | {"precision": "float16", "max_hours": 1e-6}}),
         Step("best, float16, resumed", {TRAIN: best | {"precision": "float16"}}),
         Step("evaluation", {EVALUATE: {}}),

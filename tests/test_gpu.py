@@ -46,4 +46,5 @@ def test_the_gpu_script_goes_through_its_steps_on_a_cpu(tmp_path):
     (resumed,) = re.findall(r"\| best, float16, resumed \| \d+ \| (.*) \|", report)
     epoch, *losses, cider, speed = map(float, resumed.split(" | "))
     assert epoch == 2 and all(0 < loss < 10 for loss in losses) and cider >= 0 and speed > 0
+    assert "| original, float16" in report and "| original, two processes" in report
     assert "| evaluation | " in report and "left out" not in report

@@ -840,10 +840,10 @@ def test_features_are_those_of_a_plain_forward_pass(undisturbed, plain):
 
 
 def test_features_in_bfloat16_point_the_same_way(here, drawn, plain):
-    features, images, _ = extracted(drawn, precision="bfloat16", max_photos=8)
+    features, images, _ = extracted(drawn, precision="bfloat16", max_photos=4)
     rows = [int(row["image"][6:10]) - 1 for row in images]
     # ResNet50 keeps 0.9997 (below); the depthwise convolutions of this one lose more to 8 bits.
-    assert len(rows) == 8 and cosines(features, plain[rows]).min() >= 0.99
+    assert len(rows) == 4 and cosines(features, plain[rows]).min() >= 0.99
 
 
 def test_images_csv_says_which_file_each_row_came_from(undisturbed, drawn):
