@@ -16,6 +16,7 @@ machines do this together: caption_ray.py says how.
 """
 
 import argparse
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -130,8 +131,12 @@ def _paths(given: str) -> Iterator[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield a folder's photos and those of its folders, sorted, hidden ones left out."""
-    with os.scandir(folder) as entries:
-        visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    except OSError:
+        yield folder  # it may not be read: its row says so
+        return
     for entry in visible:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path))
@@ -152,11 +157,13 @@ def _listed(file, folder: Path) -> Iterator[Path]:
 
 
 def _existing(line: bytes, folder: Path) -> Iterator[Path]:
-    text = os.fsdecode(line.rstrip(b"\r"))
+    # Windows ends lines with \r\n, and may begin a text with a byte order mark.
+    text = os.fsdecode(line.rstrip(b"\r").removeprefix(codecs.BOM_UTF8))
     if text:
         path = Path(text)
         beside = folder / path
-        yield beside if beside.exists() and not path.exists() else path
+        # Not Path.exists, which raises for a line that is too long to be a path.
+        yield beside if os.path.exists(beside) and not os.path.exists(path) else path
 
 
 def _shard(path: Path, name: str) -> Iterator[Photo]:
@@ -471,7 +478,7 @@ class TextFiles(JsonLines):
         return Photo(photo.name, error=f"{path.name} is that of another photo; add --full-name")
 
     def has(self, photo: Photo) -> bool:
-        return not photo.error and not self.overwrite and self.of(photo).exists()
+        return not photo.error and not self.overwrite and os.path.exists(self.of(photo))
 
     def write(self, pairs: list[tuple[Photo, dict]]) -> None:
         for photo, row in pairs:

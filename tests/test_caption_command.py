@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -116,6 +117,31 @@ def test_folders_globs_lists_and_files_give_their_photos_in_order(photos, monkey
     assert found("photos/a.png", "none.png") == ["photos/a.png", "none.png"]
     with pytest.raises(ValueError, match=r"No file matches photos/\*.gif"):
         found("photos/*.gif")
+
+
+@fast
+def test_a_list_may_come_from_windows_and_may_hold_what_is_no_path(photos, stub):
+    long = "x" * 300
+    (photos / "list.txt").write_bytes(f"\ufeffb.png\r\n{long}\r\n".encode())
+    assert found("photos/list.txt") == ["photos/b.png", long]
+    assert run("photos/list.txt", "--out", "captions.jsonl") == 1
+    good, bad = rows(Path("captions.jsonl"))
+    assert good["file_name"] == "photos/b.png" and "cannot be read" in bad["error"]
+    assert run("photos/list.txt", "--to", "txt") == 1 and (photos / "b.txt").exists()
+
+
+@fast
+def test_a_folder_that_may_not_be_read_costs_no_other_photo(photos, stub, monkeypatch):
+    def scandir(folder, real=os.scandir):
+        if Path(folder).name == "sub":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert run("photos", "--out", photos / "metadata.jsonl") == 1
+    written = {row["file_name"]: row for row in rows(photos / "metadata.jsonl")}
+    assert written.keys() == {"a.png", "b.png", "c.png", "sub", "z.png"}
+    assert "sub cannot be read" in written["sub"]["error"]
 
 
 @fast
