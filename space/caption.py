@@ -274,7 +274,10 @@ def caption_photos(
     def read(photos):
         for photo in photos:
             if callable(photo.source):  # in this thread: a shard is read from start to end
-                photo = dataclasses.replace(photo, source=photo.source())
+                try:
+                    photo = dataclasses.replace(photo, source=photo.source())
+                except Exception as error:  # of tarfile, and of what a shard is compressed with
+                    photo = Photo(photo.name, error=f"{photo.name} cannot be read: {error}")
             yield photo
 
     def decode(photo):

@@ -169,6 +169,25 @@ def test_shards_are_read_as_webdatasets_are(photos, stub):
     assert "shard-03.tar cannot be read" in written["shard-03.tar"]["error"]
 
 
+@fast
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_shard_that_ends_within_a_photo_costs_no_other_one(tmp_path, stub, monkeypatch, mode):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        noise = torch.randint(256, (60, 60, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(name)
+    for shard in ("0.tar", "1.tar"):
+        with tarfile.open(shard, mode) as tar:
+            tar.add("a.png")
+            tar.add("b.png")
+    Path("0.tar").write_bytes(Path("0.tar").read_bytes()[:15_000])
+    assert run("0.tar", "1.tar", "--out", "captions.jsonl") == 1
+    written = {row["file_name"]: row for row in rows(Path("captions.jsonl"))}
+    good = {name for name, row in written.items() if "text" in row}
+    assert good == {"0.tar/a.png", "1.tar/a.png", "1.tar/b.png"}
+    assert "0.tar/b.png cannot be read" in written["0.tar/b.png"]["error"]
+
+
 # Rows --------------------------------------------------------------------------------------------
 
 
