@@ -368,7 +368,10 @@ class JsonLines:
 
     def write(self, pairs: list[tuple[Photo, dict]]) -> None:
         # At once, so that a process that is killed seldom leaves half a row.
-        self.file.write(b"".join(self.encode(row) for _, row in pairs))
+        data = b"".join(self.encode(row) for _, row in pairs)
+        with st.writing(self.path):
+            while data:  # a disk that is nearly full takes a part, and says so only the next time
+                data = data[self.file.write(data) :]
 
     def finish(self) -> None:
         self.file.close()
@@ -779,6 +782,8 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         failed = 1
+    except OSError as error:  # a place that cannot be written
+        sys.exit(f"storyteller: {error}")
     sys.exit(1 if failed else 0)
 
 

@@ -1,6 +1,7 @@
 """The caption command: inputs, rows, going on after a kill, constraints, sidecars."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from xml.dom import minidom
 
 import pytest
@@ -440,6 +442,29 @@ def test_a_half_written_last_row_is_mended(photos, stub, cut):
     out.write_bytes(out.read_bytes()[:-cut])
     run(photos, "--out", out)
     assert sorted(row["file_name"] for row in rows(out)) == NAMES
+
+
+@fast
+def test_rows_are_whole_where_the_disk_takes_them_in_parts(tmp_path):
+    output = command.JsonLines(tmp_path / "captions.jsonl")
+    output.begin()
+    whole = output.file.write
+    output.file = SimpleNamespace(write=lambda data: whole(data[:7]))
+    output.write([(None, {"file_name": name, "text": "A dog."}) for name in "ab"])
+    assert [row["file_name"] for row in rows(output.path)] == ["a", "b"]
+
+    def full(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output.file = SimpleNamespace(write=full)
+    with pytest.raises(st.ArtifactError, match=r"captions.jsonl cannot be written: No space left"):
+        output.write([(None, {"file_name": "c", "text": "A dog."})])
+
+
+@fast
+def test_a_place_that_cannot_be_written_is_one_sentence(photos, stub):
+    with pytest.raises(ValueError, match=r"storyteller: .*a\.png"):
+        run(photos, "--out", photos / "a.png" / "captions.jsonl")
 
 
 # Sidecars ----------------------------------------------------------------------------------------
