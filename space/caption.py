@@ -393,8 +393,8 @@ class Csv(JsonLines):
         text = io.StringIO()
         cells = [row.get(column, "") for column in self.columns]
         cells = [json.dumps(c, ensure_ascii=False) if isinstance(c, list) else c for c in cells]
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue().encode("utf-8", "surrogateescape")
+        csv.writer(text).writerow(cells)  # its own line end, or it would not quote a \r in a name
+        return (text.getvalue()[:-2] + "\n").encode("utf-8", "surrogateescape")
 
     def decode(self, record: bytes) -> dict:
         text = io.StringIO(record.decode("utf-8", "surrogateescape"), newline="")
@@ -578,6 +578,13 @@ def check_meta(path: Path | str, before: dict, meta: dict) -> None:
         )
 
 
+def positive(text: str) -> int:
+    """Return a number above 0."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def place(text: str) -> Path | str:
     """Return a path, or the URI that `Path` would spoil."""
     return text if "://" in text else Path(text)
@@ -602,12 +609,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--full-name", action="store_true", help="--to txt: photo.jpg.txt, not photo.txt")
     add("--xmp", action="store_true", help="also write photo.jpg.xmp, for photo managers")
     add("--replace-descriptions", action="store_true", help="--xmp: also those of people")
-    add("--batch", type=int, default=64, help="photos at a time (default: %(default)s)")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) + 1), help="decoding threads")
+    add("--batch", type=positive, default=64, help="photos at a time (default: %(default)s)")
+    add(
+        "--workers",
+        type=positive,
+        default=min(8, (os.cpu_count() or 2) + 1),
+        help="decoding threads",
+    )
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="on many machines, with Ray")
     default = st.Decoding()
-    add("--beam", type=int, default=default.beam_width, help="width (default: %(default)s)")
-    add("--captions", type=int, default=1, help="the N best, or N samples")
+    add("--beam", type=positive, default=default.beam_width, help="width (default: %(default)s)")
+    add("--captions", type=positive, default=1, help="the N best, or N samples")
     add("--top-p", type=float, help="sample from the likeliest words with this probability")
     add("--temperature", type=float, help="sample; below 1: likely words become likelier")
     add("--seed", type=int, help="sample; the same seed gives the same captions")
@@ -644,6 +656,8 @@ def open_output(arguments: argparse.Namespace):
         kind = out.suffix[1:]
     kind = kind or "jsonl"
     if kind == "txt":
+        if out:
+            raise ValueError("--to txt writes a file beside each photo: it goes without --out.")
         return TextFiles(arguments.full_name, arguments.overwrite), None
     if out is None:
         if kind == "parquet":

@@ -255,7 +255,7 @@ def test_a_file_that_is_no_output_is_not_touched(photos, stub, tmp_path):
 
 @fast
 def test_csv_is_read_back_whatever_the_names_hold(photos, stub, tmp_path):
-    names = ['with "quotes", commas.png', "two\nlines.png", "ümläut.png"]
+    names = ['with "quotes", commas.png', "two\nlines.png", "two\rlines.png", "ümläut.png"]
     for name in names:
         save(photos / name, 5)
     out = photos / "captions.csv"
@@ -329,6 +329,16 @@ def test_no_photos_and_wrong_options_are_one_sentence(photos, stub, tmp_path):
         run(photos, "--top-p", 7)
     with pytest.raises(ValueError, match="needs --out FILE"):
         run(photos, "--to", "parquet")
+    with pytest.raises(ValueError, match="--to txt writes a file beside each photo"):
+        run(photos, "--out", tmp_path / "captions.txt")
+    assert not list(photos.rglob("*.txt"))
+
+
+@fast
+@pytest.mark.parametrize("option", ["--batch", "--workers", "--beam", "--captions"])
+def test_none_at_a_time_is_refused(photos, stub, capsys, option):
+    assert run(photos, option, 0) == 2
+    assert "invalid positive value: '0'" in capsys.readouterr().err
 
 
 @fast
