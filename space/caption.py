@@ -554,7 +554,9 @@ def claim(path: Path, meta: dict, overwrite: bool) -> Iterator[None]:
             except OSError:
                 raise st.ArtifactError(f"Another process is writing {path}.") from None
         file.seek(0)
-        before = json.loads(file.read() or "{}")
+        before = {}
+        with contextlib.suppress(ValueError):  # one that is half written says nothing
+            before = json.loads(file.read())
         meta = json.loads(json.dumps(meta))  # tuples as the lists that they become
         if exists and not overwrite:
             check_meta(path, before, meta)
@@ -692,6 +694,10 @@ def load_captioners(model: str, options: dict) -> list:
 def run(arguments: argparse.Namespace) -> int:
     """Caption on this machine. Returns how many photos failed."""
     options = options_of(arguments)
+    # Before --overwrite deletes anything; standard input can be read only once.
+    found = [given == "-" or next(find_files([given]), None) for given in arguments.photos]
+    if not any(found):
+        raise st.ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
     storytellers = load_captioners(arguments.model, options)
     meta = {"captioner": fingerprint(storytellers[0]), "captions": arguments.captions, **options}
     output, folder = open_output(arguments)

@@ -244,6 +244,27 @@ def test_another_captioners_output_is_refused(photos, stub, tmp_path):
 
 
 @fast
+def test_a_note_that_is_half_written_is_refused_and_may_be_overwritten(photos, stub, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    run(photos / "a.png", "--out", out)
+    out.with_name("captions.jsonl.meta.json").write_text('{"capti')
+    with pytest.raises(ValueError, match="was written by another"):
+        run(photos / "a.png", "--out", out)
+    assert run(photos / "a.png", "--out", out, "--overwrite") == 0
+
+
+@fast
+@pytest.mark.parametrize("given", ["none-*.png", "empty"])
+def test_nothing_is_overwritten_where_there_are_no_photos(photos, stub, given):
+    Path("empty").mkdir()
+    run(photos / "a.png", "--out", "captions.jsonl")
+    before = Path("captions.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="No "):
+        run(given, "--out", "captions.jsonl", "--overwrite")
+    assert Path("captions.jsonl").read_bytes() == before
+
+
+@fast
 def test_a_file_that_is_no_output_is_not_touched(photos, stub, tmp_path):
     out = tmp_path / "captions.jsonl"
     run(photos, "--out", out)
