@@ -3055,7 +3055,11 @@ class Storyteller:
         weights: Sequence = [None] * len(found)
         if attention:
             weights = self._attention(features, [hypotheses[0].ids for hypotheses in found])
-        confidence = self.confidence([h[0].score for h in found], features.mean(1))
+        # By the length as in the captions that it was calibrated with.
+        power = 1.0 if decoding.method == "sample" else decoding.length_preference
+        power -= Decoding.length_preference
+        scores = [best.score * len(best.ids) ** power for best, *_ in found]
+        confidence = self.confidence(scores, features.mean(1))
         return [self._caption(*one) for one in zip(found, weights, confidence, strict=True)]
 
     def _caption(

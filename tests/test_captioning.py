@@ -586,6 +586,23 @@ def test_the_shipped_captioner_knows_what_it_never_saw():
     assert all(caption.confidence < 0.3 for caption in shipped.caption(photos))
 
 
+def test_a_caption_is_as_sure_whatever_length_was_preferred():
+    shipped = st.Storyteller.from_pretrained(ROOT / "space/model")
+    features = shipped.extract([ROOT / "space/examples/bicycle.jpg"])
+    options = [{"length_preference": preference} for preference in (0.9, 0.0, 2.0)]
+    options.append({"method": "sample", "top_p": 1e-6})
+    captions = [
+        shipped.caption_features(
+            features, min_length=4, max_length=4, beam_width=1, no_repeat=0, **chosen
+        )[0]
+        for chosen in options
+    ]
+    assert len({caption.text for caption in captions}) == 1
+    assert 0.25 < captions[0].confidence < 0.95
+    sure = captions[0].confidence
+    assert [caption.confidence for caption in captions] == pytest.approx([sure] * 4, abs=0.02)
+
+
 def test_saving_a_captioner_touches_no_other_file(storyteller, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "other").mkdir()
