@@ -2766,7 +2766,7 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
         return probs
     ordered, words = probs.sort(-1, descending=True)  # (B, V) each
     # A word stays as long as those before it have less than top_p: always the first one.
-    kept = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
+    kept = ordered.where(ordered.cumsum(-1) - ordered < max(top_p, 1e-9), 0.0)
     return torch.zeros_like(probs).scatter_(-1, words, kept)
 
 
@@ -3554,7 +3554,8 @@ def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
             reason = textwrap.fill(str(error), 30)
             axis.text(PHOTO_SIZE / 2, PHOTO_SIZE / 2, reason, fontsize=7, ha="center", va="center")
         axis.imshow(tile)
-        axis.set_title(text, fontsize=8, loc="left", y=-0.04, va="top")
+        # Plain text: between two dollar signs, matplotlib would read a formula.
+        axis.set_title(text, fontsize=8, loc="left", y=-0.04, va="top", parse_math=False)
     return figure
 
 

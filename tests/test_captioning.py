@@ -352,14 +352,14 @@ def test_several_samples_of_a_photo_are_draws_from_its_own_probabilities():
 def test_top_p_leaves_only_the_likeliest_words():
     chain = Chain(vocabulary=30, photos=1)
     likely = log_probs(chain, 0, []).softmax(-1)
-    for top_p in (1e-6, 0.3, 0.8):
+    for top_p in (0, 1e-6, 0.3, 0.8):
         decoding = st.Decoding(
             method="sample", captions=500, top_p=top_p, max_length=1, min_length=0
         )
         drawn = {h.ids[0] for h in st.sample_captions(chain, photos(1), decoding)[0]}
         order = likely.argsort(descending=True)
         before = likely[order].cumsum(0) - likely[order]
-        assert drawn <= set(order[before < top_p].tolist())
+        assert drawn <= {int(order[0]), *order[before < top_p].tolist()}
         assert int(order[0]) in drawn
 
 

@@ -547,6 +547,12 @@ def test_a_sheet_draws_a_grey_tile_with_the_reason_for_a_photo_that_cannot_be_re
     assert reasons[0] == "" and "cannot be read" in " ".join(reasons[1].split())
 
 
+def test_a_sheet_shows_captions_with_dollar_signs_as_they_are():
+    # As a formula, this is an error.
+    sheet = st.caption_sheet([np.zeros((8, 8, 3), np.uint8)], ["A $5 shirt and #2 for $6."], 1)
+    assert sheet._repr_jpeg_()
+
+
 def test_the_same_sheet_has_the_same_bytes(tmp_path):
     for name in ("one.png", "other.png"):
         sheet = st.caption_sheet([np.zeros((8, 8, 3), np.uint8)] * 3, ["a", "b", "c"], columns=2)
