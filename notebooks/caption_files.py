@@ -584,7 +584,7 @@ def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str =
     tables = [path for path in dataset.tables if path not in of_photos]
     if captions:
         tables = sorted(dataset.folder.glob(captions)) if not Path(captions).is_absolute() else []
-        tables = tables or [path for path in (Path(captions),) if path.is_file()]
+        tables = [path for path in tables or [Path(captions)] if path.is_file()]
         if not tables:
             known = ", ".join(str(path.relative_to(dataset.folder)) for path in dataset.tables[:20])
             raise st.ArtifactError(

@@ -707,6 +707,10 @@ def test_several_caption_files_are_a_choice_and_never_a_guess(tmp_path):
     ]
     with pytest.raises(st.ArtifactError, match=r"'french.csv' is not in .*german.csv"):
         caption_files.read_captions(data, captions="french.csv")
+    (tmp_path / "german").mkdir()
+    assert caption_files.read_captions(data, captions="german*").source() == "german.csv"
+    with pytest.raises(st.ArtifactError, match="'german' is not in"):
+        caption_files.read_captions(data, captions="german")
 
 
 def test_what_macos_and_windows_leave_is_no_photo_and_no_caption_file(tmp_path):
