@@ -77,7 +77,8 @@ def attention_page(image, caption: st.Caption, preprocessing: str = "squash") ->
     if caption.attention is None:
         return f"<p class='note'>{NO_ATTENTION}</p>"
     view = seen_photo(image, preprocessing, 640)
-    small = (view.width // 4, view.height // 4)  # for the veils: a browser smooths what it enlarges
+    # For the veils: a browser smooths what it enlarges.
+    small = (max(1, view.width // 4), max(1, view.height // 4))
     first = _sharpest_word(caption)
     words, veils, rules = [], [], []
     for i, (word, weights) in enumerate(zip(caption.words, caption.attention, strict=True)):

@@ -289,6 +289,12 @@ def test_a_word_shows_its_attention_on_the_photo(app):
         attention.show_attention(CAT, without)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2000, 8), (8, 2000)])
+def test_attention_is_shown_on_photos_of_any_shape(size):
+    caption = st.Caption("A.", -1.0, ["a"], [("A.", -1.0)], np.full((1, 7, 7), 1 / 49))
+    assert "class='veil'" in attention.attention_page(Image.new("RGB", size), caption)
+
+
 def test_a_veil_is_clear_where_attention_is_high_and_dark_elsewhere():
     weights = np.full((7, 7), 0.01)
     weights[0, 6] = 0.52  # upper right
