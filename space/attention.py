@@ -57,7 +57,8 @@ def show_attention(image, caption: st.Caption, preprocessing: str = "squash"):
     view = seen_photo(image, preprocessing, 320)
     columns = min(6, len(caption.words))
     rows = math.ceil(len(caption.words) / columns)
-    height = (1.9 * view.height / view.width + 0.3) * rows  # inches; 0.3 for the word
+    # Inches, 0.3 of them for the word; a photo taller than 4 times its width is drawn narrower.
+    height = (1.9 * min(view.height / view.width, 4) + 0.3) * rows
     figure, axes = st.new_figure(1.9 * columns, height, rows, columns)
     for axis in np.ravel(axes):
         axis.axis("off")

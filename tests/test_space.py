@@ -295,6 +295,13 @@ def test_attention_is_shown_on_photos_of_any_shape(size):
     assert "class='veil'" in attention.attention_page(Image.new("RGB", size), caption)
 
 
+def test_a_very_tall_photo_takes_no_huge_picture_of_its_attention():
+    words = ["dog"] * 14
+    caption = st.Caption("A.", -1.0, words, [("A.", -1.0)], np.full((14, 7, 7), 1 / 49))
+    figure = attention.show_attention(Image.new("RGB", (8, 2000)), caption)
+    assert figure.get_figheight() < 30
+
+
 def test_a_veil_is_clear_where_attention_is_high_and_dark_elsewhere():
     weights = np.full((7, 7), 0.01)
     weights[0, 6] = 0.52  # upper right
