@@ -316,12 +316,16 @@ export async function caption(captioner, blob, decoding = {}) {
   const hypotheses = await beamSearch(captioner, state, decoding);
   const words = hypotheses.map(({ids}) => ids.filter(id => id >= FIRST_WORD).map(id => captioner.words[id]));
   const alternatives = hypotheses.map(({score}, i) => ({text: sentence(words[i], captioner.sentences), score}));
+  // By the length as in the captions that it was calibrated with.
+  const usual = captioner.decoding.length_preference;
+  const power = (decoding.length_preference ?? usual) - usual;
+  const score = hypotheses[0].score * hypotheses[0].ids.length ** power;
   return {
     ...alternatives[0],
     words: words[0],
     alternatives,
     attention: hypotheses[0].attention.slice(0, words[0].length),
-    confidence: confidence(captioner.calibration, hypotheses[0].score, state.novelty),
+    confidence: confidence(captioner.calibration, score, state.novelty),
     seconds: (performance.now() - began) / 1000,
   };
 }
