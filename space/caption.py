@@ -699,7 +699,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(found):
         raise st.ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
     storytellers = load_captioners(arguments.model, options)
-    meta = {"captioner": fingerprint(storytellers[0]), "captions": arguments.captions, **options}
+    # Last, as a search's options say 1 of its captions however many of them are written.
+    meta = {"captioner": fingerprint(storytellers[0]), **options, "captions": arguments.captions}
     output, folder = open_output(arguments)
     claimed = claim(output.path, meta, arguments.overwrite) if folder else contextlib.nullcontext()
     with claimed:

@@ -246,7 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
     storyteller = st.Storyteller.from_pretrained(arguments.model)
     job = Job(Place.of(arguments.out), arguments.batch, arguments.workers)
     meta = {"captioner": command.fingerprint(storyteller), "captions": arguments.captions}
-    with claim(job, meta | options, arguments.overwrite):
+    with claim(job, options | meta, arguments.overwrite):
         folder = None if job.out.root else Path(job.out.path).parent
         manifest = job.inside("manifest.parquet")
         names = write_manifest(list_photos(arguments.photos, folder), manifest)

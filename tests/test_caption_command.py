@@ -233,6 +233,8 @@ def test_another_captioners_output_is_refused(photos, stub, tmp_path):
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"other options \(beam_width differ\)"):
         run(photos, "--out", out, "--beam", 3)
+    with pytest.raises(ValueError, match=r"other options \(captions differ\)"):
+        run(photos, "--out", out, "--captions", 2)
     (stub.folder / "model.safetensors").write_text("another one")
     with pytest.raises(ValueError, match=r"another captioner .* \(captioner differ\)"):
         run(photos, "--out", out)
