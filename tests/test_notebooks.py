@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 
@@ -171,6 +172,21 @@ def test_the_last_check_of_04_is_an_error_only_where_nothing_explains_it(case, t
     else:
         exec(check, known)
         assert expected in capsys.readouterr().out
+
+
+def test_04_is_as_sure_as_the_captioner_whatever_length_is_preferred(tmp_path):
+    notebook = nbformat.read(NOTEBOOKS["04_evaluate"], 4)
+    (search,) = [c.source for c in code(notebook.cells) if "sure[name] = " in c.source]
+    shipped = st.Storyteller.from_pretrained(ROOT / "space/model")
+    features = shipped.extract([ROOT / "space/examples/bicycle.jpg"])
+    np.save(tmp_path / "features.npy", features.half().numpy())
+    settings = SimpleNamespace(decoding=lambda: {"length_preference": 2.0})
+    known = {"st": st, "trained": ROOT / "space", "extracted": tmp_path, "photos": np.array([0])}
+    known |= {"run": SimpleNamespace(settings=settings)}
+    exec(search, known)
+    (caption,) = shipped.caption_features(features, length_preference=2.0)
+    told = shipped.confidence(known["sure"][known["best"]], features.mean(1))
+    assert told == pytest.approx([caption.confidence], abs=1e-3) and 0 < told[0] < 1
 
 
 @pytest.mark.fast
