@@ -2465,6 +2465,11 @@ class Decoding(_Settings):
     never: str = ""
     max_chars: int = _between(0, 10**6, default=0)
 
+    def default_score(self, hypothesis: Hypothesis) -> float:
+        """Return a caption's score at the default length_preference, as confidence looks it up."""
+        power = 1.0 if self.method == "sample" else self.length_preference
+        return hypothesis.score * len(hypothesis.ids) ** (power - Decoding.length_preference)
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -3055,10 +3060,7 @@ class Storyteller:
         weights: Sequence = [None] * len(found)
         if attention:
             weights = self._attention(features, [hypotheses[0].ids for hypotheses in found])
-        # By the length as in the captions that it was calibrated with.
-        power = 1.0 if decoding.method == "sample" else decoding.length_preference
-        power -= Decoding.length_preference
-        scores = [best.score * len(best.ids) ** power for best, *_ in found]
+        scores = [decoding.default_score(best) for best, *_ in found]
         confidence = self.confidence(scores, features.mean(1))
         return [self._caption(*one) for one in zip(found, weights, confidence, strict=True)]
 
@@ -3082,7 +3084,7 @@ class Storyteller:
     def confidence(self, scores: Sequence[float], vectors) -> list:
         """Return the confidence, 0 to 1, in captions of photos; None each if not calibrated.
 
-        scores   (B,)    of the captions
+        scores   (B,)    of the captions, by `Decoding.default_score`
         vectors  (B, D)  mean features of the photos
         """
         if self.known is None:

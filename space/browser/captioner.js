@@ -316,7 +316,7 @@ export async function caption(captioner, blob, decoding = {}) {
   const hypotheses = await beamSearch(captioner, state, decoding);
   const words = hypotheses.map(({ids}) => ids.filter(id => id >= FIRST_WORD).map(id => captioner.words[id]));
   const alternatives = hypotheses.map(({score}, i) => ({text: sentence(words[i], captioner.sentences), score}));
-  // By the length as in the captions that it was calibrated with.
+  // At the default length_preference, as confidence looks it up.
   const usual = captioner.decoding.length_preference;
   const power = (decoding.length_preference ?? usual) - usual;
   const score = hypotheses[0].score * hypotheses[0].ids.length ** power;
