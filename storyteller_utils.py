@@ -1,9 +1,9 @@
-"""Caption photos: what the notebooks, the Space, Kaggle and the command of this project share.
+"""Caption photos: code shared by this project's notebooks, Space, Kaggle kernels and command.
 
 Sections: 1 stages and artifacts, 2 settings, 3 captions, 4 photos, 5 model, 6 captioning, 7 scores,
 8 figures. Axes: N photos, B batch, R regions, D feature width, T tokens, V vocabulary, H hidden,
-K beams. What only one of them uses is in notebooks/ or space/. Importing this prints nothing and
-touches no disk, network or GPU.
+K beams. Code that only one of them uses is in notebooks/ or space/. Importing this module prints
+nothing and touches no disk, network or GPU.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from torch import Tensor, nn
 # 1. Stages and artifacts
 # --------------------------------------------------------------------------------------------------
 
-# Order and dependencies, written here only: a stage's name is its notebook's, its Kaggle folder's
-# and its output's.
+# Order and dependencies, defined only here. A stage's name is also that of its notebook, its Kaggle
+# folder and its output.
 STAGES: dict[str, tuple[str, ...]] = {
     "01_extract_features": (),
     "02_vocab": (),
@@ -70,22 +70,22 @@ LOCATIONS = {
 
 
 class ArtifactError(RuntimeError):
-    """A file or folder that is missing, broken or does not fit, and what to do about it."""
+    """A file or folder is missing, broken or does not match; the message says what to do."""
 
 
 def kaggle_input() -> Path | None:
-    """Return the folder where Kaggle mounts inputs, or None when this is not Kaggle."""
+    """Return the folder where Kaggle mounts inputs, or None outside Kaggle."""
     folder = Path(os.environ.get("STORYTELLER_KAGGLE_INPUT", "/kaggle/input"))
     return folder if folder.is_dir() else None
 
 
 def _beside(name: str):
-    """Import a file of notebooks/ or space/, which on Kaggle is beside this module."""
+    """Import a module from notebooks/ or space/ or, as on Kaggle, from beside this file."""
     home = Path(__file__).resolve().parent
     for folder in (home, home / "notebooks", home / "space"):
         path = folder / f"{name}.py"
         if path.is_file():
-            sys.path.append(str(folder))  # for what it imports itself
+            sys.path.append(str(folder))  # for its own imports
             spec = importlib.util.spec_from_file_location(name, path)
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -99,23 +99,23 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # torch.save hides it behind an error of its own.
+        # torch.save raises an error of its own instead.
         causes = [e for e in (error, error.__context__) if isinstance(e, OSError)]
         number = causes[0].errno if causes else None
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise ArtifactError(
-            f"{path} cannot be written: {os.strerror(number)}. Nothing that was finished is lost. "
-            "Make room, or make the folder writable, and run the notebook again: it goes on where "
+            f"{path} cannot be written: {os.strerror(number)}. No finished work is lost. Free "
+            "some space, or make the folder writable, and run the notebook again: it resumes where "
             "it stopped."
         ) from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield the name of a temporary file that becomes `path` once the block has ended.
+    """Yield a temporary path, whose file replaces `path` when the block ends.
 
-    An error in the block leaves `path` as it was. Raises ArtifactError when the disk is full or
+    An error in the block leaves `path` as it was. Raises ArtifactError if the disk is full or
     read-only.
     """
     path = Path(path)
@@ -133,13 +133,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 class FileSet:
-    """Files of a folder that are replaced all together.
+    """Files of a folder that are replaced as a whole or not at all.
 
-    index  the name of a JSON file among them, which gets the sha256 of each of the others
+    index  name of the JSON file among them that records the sha256 of each of the others
 
-    Wherever `replace` is killed, `read` gives all old files or all new ones: until the index is
-    replaced the old ones are in place; after that the new ones count, in their places or still in
-    the hidden folder .new.
+    Whenever `replace` is killed, `read` returns all old files or all new ones: until the index is
+    replaced, the old ones are in place; from then on the new ones are valid, whether already in
+    place or still in the hidden folder .new.
     """
 
     def __init__(self, folder: Path | str, index: str):
@@ -148,9 +148,9 @@ class FileSet:
 
     @contextlib.contextmanager
     def replace(self) -> Iterator[Path]:
-        """Yield an empty folder for the new files, index included, and put them into place.
+        """Yield an empty folder for the new files, index included, then move them into place.
 
-        No other file in the folder is touched, but for those that the earlier index lists.
+        Other files in the folder stay, except those that the earlier index lists.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ class FileSet:
                     path.unlink()
 
     def _move_new(self) -> dict[str, str]:
-        """Move the files in .new that the index lists into place. Returns what it lists."""
+        """Move the files that the index lists from .new into place. Returns its name -> sha256."""
         listed = {}
         if (self.folder / self.index).is_file():
             listed = read_json(self.folder / self.index).get("files", {})
@@ -187,10 +187,10 @@ class FileSet:
         return listed
 
     def read(self) -> tuple[dict, dict[str, Path]]:
-        """Return the index, and name -> path of the files that it was written with.
+        """Return the index, and name -> path of the files that it lists.
 
-        An index that lists none was written before indexes did: all files in the folder. Raises
-        ArtifactError when a file is missing or another's; only .md files may be edited.
+        An index without a list is from an earlier version and stands for all files in the folder.
+        Raises ArtifactError if a file is missing or has changed; only .md files may be edited.
         """
         for _attempt in range(3):  # another process may be moving them just now
             index, files = read_json(self.folder / self.index), {}
@@ -213,14 +213,14 @@ class FileSet:
 
 
 def _lock(folder: Path, seconds: float = 5):
-    """Lock a folder for this process, until the lock's `release` or the end of the process.
+    """Lock a folder until the lock is released or this process ends.
 
-    Raises ArtifactError when another process holds it for `seconds`, or when it is read-only.
+    Raises ArtifactError if another process still holds it after `seconds`, or if it is read-only.
     """
     from filelock import FileLock, Timeout
 
     path = folder.resolve().with_name(f".{folder.name}.lock")
-    # One object a path: a cell that is run again takes what its process has already.
+    # One lock per path: a cell that is run again reuses the one that its process holds.
     lock = FileLock(path, thread_local=False, is_singleton=True)
     try:
         with writing(folder):
@@ -228,8 +228,8 @@ def _lock(folder: Path, seconds: float = 5):
             lock.acquire(timeout=seconds)
     except Timeout:
         raise ArtifactError(
-            f"Another run works in {folder}. Wait until it has ended, or end it: a notebook lets "
-            "go when its kernel stops."
+            f"Another run is using {folder}. Wait until it ends, or stop it: a notebook releases "
+            "the folder when its kernel stops."
         ) from None
     return lock
 
@@ -257,16 +257,16 @@ def read_json(path: Path | str) -> dict:
 
 
 def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write rows as comma CSV to `path`, whole or not at all."""
+    """Write rows as comma-separated CSV to `path`, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
 def read_table(path: Path | str, *columns: str):
-    """Read a CSV of this suite as a pandas DataFrame of strings, in which "NA" is a word.
+    """Read one of this suite's CSV files as a pandas DataFrame of strings; "NA" is a word.
 
-    Raises ArtifactError when it is none, or lacks one of `columns`.
+    Raises ArtifactError if it cannot be read or lacks one of `columns`.
     """
     import pandas as pd
 
@@ -287,12 +287,12 @@ def sha256(what) -> str:
 
 
 def _file_sha256(path: Path) -> str:
-    """Hash a file: a large one once on a machine, as long as inode, size and times stay."""
+    """Hash a file; a large one's hash is cached until its inode, size or times change."""
     stat = path.stat()
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     note = Path(cache, "storyteller", sha256([stat.st_dev, stat.st_ino, stat.st_size, *times]))
-    large = stat.st_size >= 2**24  # less takes under 10 ms
+    large = stat.st_size >= 2**24  # smaller files take under 10 ms
     if large and note.is_file():
         return note.read_text()
     digest = hashlib.sha256()
@@ -321,7 +321,7 @@ class _Lines:
 
 
 def progress(iterable=None, **options):
-    """Return a tqdm bar over `iterable`; away from a terminal, at most a line every 15 seconds.
+    """Return a tqdm bar over `iterable`; outside a terminal, at most one line every 15 seconds.
 
     options  tqdm's: total, desc, unit, initial, disable ...
     """
@@ -336,17 +336,17 @@ def progress(iterable=None, **options):
 
 
 def _read_status(out: Path) -> dict:
-    """Return what status.json says of a stage that is not finished; {} where there is none."""
+    """Return the status.json of an unfinished stage; {} if there is none."""
     path = out / "status.json"
     return read_json(path) if path.is_file() else {}
 
 
 def set_status(out: Path, **changes) -> None:
-    """Change entries of status.json, which a stage has from its start to its manifest.
+    """Update status.json, which exists from a stage's start until its manifest is written.
 
-    began    when this run began, of all its attempts: older files are of a run that was finished
-    job      what `launch` hands to its workers
-    stopped  {} or why and where a worker stopped before its end: such a stage gets no manifest
+    began    tells runs apart, over all attempts: when the previous run finished; 0: there was none
+    job      what `launch` passes to its workers
+    stopped  {}, or why and where a worker stopped early; such a stage gets no manifest
     """
     write_json(out / "status.json", _read_status(out) | changes)
 
@@ -393,7 +393,7 @@ class Artifact:
         if stopped := stopped or cls.attached(stage, "status.json"):
             raise ArtifactError(
                 f"{stage} stopped before it was finished (status.json in {stopped[0]}). Run "
-                f"{stage}.ipynb again: it goes on where it stopped."
+                f"{stage}.ipynb again: it resumes where it stopped."
             )
         inputs = kaggle_input()
         raise ArtifactError(
@@ -444,16 +444,16 @@ class Run:
     started: float = dataclasses.field(default_factory=time.time)
 
     def read(self, stage: str) -> Artifact:
-        """Return an earlier stage's artifact, or raise ArtifactError when it does not fit this run.
+        """Return an earlier stage's artifact; ArtifactError if it does not match this run.
 
-        It must be of the same dataset, and all that was read must be built on the same editions.
+        It must come from the same dataset, and all artifacts must be built on the same editions.
         """
         artifact = self.reads[stage] = Artifact.find(stage)
         theirs, ours = artifact.manifest["dataset"], self.identity()
         if theirs["fingerprint"] != ours["fingerprint"]:
             raise ArtifactError(
                 f"{artifact.folder} was made from the dataset {theirs['name']} ({theirs['photos']} "
-                f"photos), this run's is {ours['name']} ({ours['photos']} photos). Run "
+                f"photos), but this run's is {ours['name']} ({ours['photos']} photos). Run "
                 f"{stage}.ipynb again, or set dataset_dir to the other one."
             )
         if self.dataset:
@@ -470,13 +470,13 @@ class Run:
         return artifact
 
     def identity(self) -> dict:
-        """Return the identity of the dataset: this run's, or for 05 that of what it has read."""
+        """Return the dataset's identity: this run's or, in 05, that of the artifacts it read."""
         if self.dataset:
             return self.dataset.identity()
         return next(iter(self.reads.values())).manifest["dataset"]
 
     def job(self) -> dict:
-        """Return what a worker process needs to know of this run, as JSON values."""
+        """Return what a worker process needs to know about this run, as JSON values."""
         reads = self.reads.items()
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -488,15 +488,15 @@ class Run:
         }
 
     def launch(self, command: str, processes: int = 0) -> None:
-        """Run the worker `command` ("extract" or "train"): a process a GPU, by torchrun.
+        """Run the worker `command` ("extract" or "train") by torchrun, one process for each GPU.
 
-        processes  on this machine; 0: as many as there are GPUs. Where that is one, or there is no
-                   GPU, it is a plain process
+        processes  on this machine; 0: one for each GPU, or one on the CPU. A single process is run
+                   without torchrun, unless the setting `torchrun` has options
 
-        The setting `torchrun` hands torchrun more options, as for several machines: the printed
-        command is then run on the others with their --node-rank, in a copy of the project's folder
-        with its outputs/, made now: the job is in there. The notebook's own process never touches
-        CUDA. A worker's failure is raised here under the same message.
+        That setting passes options to torchrun, such as those for several machines: run the printed
+        command on the others with their own --node-rank, in a copy of the project's folder that was
+        made now, as its outputs/ hold the job. The notebook's own process never touches CUDA. A
+        worker's error is raised here with the same message.
         """
         set_status(self.out, job=self.job())
         words = _worker_command(command, self, processes)
@@ -508,16 +508,16 @@ class Run:
             raise _failure(command, status, output) from None
 
     def stopped(self) -> dict:
-        """Return why and where a worker stopped before its end; {} where none did."""
+        """Return why and where a worker stopped early; {} if none did."""
         return _read_status(self.out).get("stopped", {})
 
     def finish(self, **facts) -> None:
-        """Write manifest.json, which makes the stage finished, and say which notebook is next.
+        """Write manifest.json, which marks the stage as finished, and print what comes next.
 
         facts  JSON values for the next stages and for people
 
-        A stage whose worker stopped half-way gets no manifest. Raises ValueError when a parameter
-        of the notebook has another value than when it started.
+        A stage whose worker stopped early gets no manifest. Raises ValueError if a parameter of the
+        notebook has changed since it started.
         """
         for name, value in self.given.items():
             if (now := self.variables.get(name, value)) != value:
@@ -527,14 +527,14 @@ class Run:
                 )
         if self.stopped():
             print(
-                f"{self.stage} is not finished: no later notebook will take it. Run it again: it "
-                "goes on where it stopped."
+                f"{self.stage} is not finished, so no later notebook accepts it. Run it again: it "
+                "resumes where it stopped."
             )
             return self.lock.release(force=True)
         manifest = self._manifest(facts)
         write_json(self.out / "manifest.json", manifest | {"seal": sha256(manifest)})
         (self.out / "status.json").unlink(missing_ok=True)
-        shutil.rmtree(self.out / ".partial", ignore_errors=True)  # what 01 would have gone on from
+        shutil.rmtree(self.out / ".partial", ignore_errors=True)  # what 01 would have resumed from
         self.lock.release(force=True)
         after = [*STAGES, ""][list(STAGES).index(self.stage) + 1]
         names = sorted({name.split("/")[0] for name in manifest["files"]})
@@ -573,7 +573,7 @@ class Run:
 
 
 def _peak_memory() -> int:
-    """Return the most memory, in bytes, that this process or a child it waited for has held."""
+    """Return the peak memory, in bytes, of this process or of any child that it waited for."""
     import resource
 
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -588,8 +588,8 @@ def _choose_settings(stage: str, variables: dict) -> dict:
         raise ValueError(
             f"{stage} lacks the parameter {', '.join(missing)}: its notebook's second cell sets it"
         )
-    # papermill only warns of a parameter that a notebook does not have; what it injected is in the
-    # kernel's history.
+    # papermill only warns about a parameter that a notebook lacks; the cell that it injected is in
+    # the kernel's history.
     for cell in getattr(sys.modules["__main__"], "In", []):
         given = re.findall(r"^(\w+) = ", cell, re.M) if cell.startswith("# Parameters\n") else []
         if unknown := sorted(set(given) - set(names)):
@@ -626,7 +626,7 @@ def start(stage: str, variables: dict) -> Run:
 def _mark_unfinished(out: Path) -> None:
     """Write status.json, then remove the manifest."""
     manifest, status = out / "manifest.json", {"began": 0}
-    with contextlib.suppress(ArtifactError):  # a damaged one says no less than none
+    with contextlib.suppress(ArtifactError):  # a damaged one counts as none
         status |= _read_status(out)
     if manifest.is_file():
         status = {"began": manifest.stat().st_mtime}
@@ -649,15 +649,15 @@ def _worker_command(command: str, run: Run, processes: int) -> list[str]:
 def _stream(words: list[str]) -> tuple[int, str]:
     """Run a worker and pass on its output.
 
-    Returns its status, and its output from the first error on, else the end of it.
+    Returns its exit status, and its output from the first error on or, without one, its end.
     """
-    # Threads that spin while they wait for each other fall to a tenth of their speed beside a busy
-    # neighbour.
+    # Threads that busy-wait for each other drop to a tenth of their speed beside another busy
+    # process.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     if "train" in words:
-        # Batches have many shapes: oneDNN keeps a program for each, and malloc ever more pieces
-        # between them, so that a CPU's memory grew with the steps. Now it stays, for 7 to 20 % more
-        # CPU time, in which oneDNN makes the programs again.
+        # Batches have many shapes: oneDNN caches a primitive for each and malloc fragments, so that
+        # memory on a CPU would grow with the steps. These settings keep it constant, for 7 to 20 %
+        # more CPU time, in which oneDNN creates its primitives again.
         environment |= {
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
             "MALLOC_MMAP_THRESHOLD_": str(2**25),
@@ -676,35 +676,35 @@ def _stream(words: list[str]) -> tuple[int, str]:
                 error = output.find("\nstoryteller: ")
                 output = output[-4000:] if error < 0 else output[error : error + 20_000]
         except BaseException:
-            worker.terminate()  # where this notebook is stopped, its worker stops too
+            worker.terminate()  # if this notebook is stopped, so is its worker
             raise
     return worker.returncode, output
 
 
 def _failure(command: str, status: int, output: str) -> Exception:
     """Return the error that ended a worker, as it would be raised here."""
-    # After one was killed, what the others say is only that they lost it.
+    # After one process was killed, the others only report that they lost it.
     killed = status in (-9, 137) or "SIGKILL" in output
     said = re.match(r"\nstoryteller: (\w+): (.*(?:\n  .*)*)", output)
     if said and not killed:
         known = {"ArtifactError": ArtifactError, "ValueError": ValueError}
         return known.get(said[1], RuntimeError)(said[2].replace("\n  ", "\n"))
-    why = " (one was killed, often for want of memory)" if killed else ""
+    why = " (one was killed, often for lack of memory)" if killed else ""
     return RuntimeError(
-        f"The {command} process ended with status {status}{why}. Run this notebook again: it goes "
-        f"on where it stopped.\n{output[-2000:]}"
+        f"The {command} process ended with status {status}{why}. Run this notebook again: it "
+        f"resumes where it stopped.\n{output[-2000:]}"
     )
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the other processes that torchrun started, if any.
 
-    Returns this one's rank and their number.
+    Returns this process's rank and the number of processes.
     """
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # before NCCL takes the first one it sees
-        # NCCL wants a GPU of its own for each process.
+            torch.cuda.set_device(device)  # before NCCL picks the first GPU it sees
+        # NCCL needs a separate GPU for each process.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
         torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
@@ -712,12 +712,12 @@ def join_processes(device: torch.device) -> tuple[int, int]:
 
 
 def _work(worker, status: str) -> None:
-    """Run a worker of `launch` by the job in a status.json; print the error that ends it."""
+    """Run a worker for `launch` on the job in a status.json; print the error that ends it."""
     import signal
     import threading
 
     def follow_notebook():
-        os.read(0, 1)  # nothing comes on this pipe but its end
+        os.read(0, 1)  # this pipe carries nothing; it closes when the notebook ends
         os.kill(os.getpid(), signal.SIGTERM)
 
     if "STORYTELLER_NOTEBOOK" in os.environ:
@@ -725,7 +725,7 @@ def _work(worker, status: str) -> None:
     try:
         job = read_json(status)["job"]
         out = Path(job["out"])
-        # The worker of a notebook that was killed lives a moment longer than it.
+        # The worker of a killed notebook outlives it by a moment.
         first = os.environ.get("RANK", "0") == "0"
         with _lock(out.with_name(f"{out.name}.worker"), 60) if first else contextlib.nullcontext():
             worker(job)
@@ -739,8 +739,8 @@ def _work(worker, status: str) -> None:
         if "WORLD_SIZE" in os.environ:
             torch.distributed.destroy_process_group()
     if "WORLD_SIZE" in os.environ:
-        # All is written. Taking down the interpreter beside gloo's threads has ended in SIGABRT,
-        # which torchrun takes for a failed training.
+        # Everything is written. Shutting down the interpreter while gloo's threads run has ended in
+        # SIGABRT, which torchrun takes for a failed training.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -758,20 +758,20 @@ BIG = 10**9
 # What a recipe decides; a setting of the same name overrides it.
 RECIPES = {
     "original": {
-        "decoder": "lstm",  # of DECODERS
+        "decoder": "lstm",  # a key of DECODERS
         "sizes": {"embedding": 256, "hidden": 512},  # its arguments
         "epochs": 15,
-        "batch_size": 64,  # captions a step
+        "batch_size": 64,  # captions per step
         "learning_rate": 0.001,  # at its peak
-        "max_caption_length": 50,  # words, longer captions are cut
+        "max_caption_length": 50,  # words; longer captions are truncated
         "dropout": 0.4,
         "label_smoothing": 0.1,
         "weight_decay": 0.0,
-        "clip": 5.0,  # the norm to which longer gradients are cut
+        "clip": 5.0,  # the maximum norm of the gradient
         "warmup": 0.03,  # share of all steps in which the learning rate rises
-        "ema_decay": 0.0,  # how much of the averaged weights, which generate, a step keeps; 0: none
-        "patience": 15,  # epochs without a better one after which a phase ends
-        "self_critical": 0,  # epochs of learning from its own captions, after the others
+        "ema_decay": 0.0,  # of the averaged weights, which generate captions; 0: no averaging
+        "patience": 15,  # epochs without improvement after which a phase ends
+        "self_critical": 0,  # epochs of self-critical training, after the others
         "flips": False,  # half of the training photos mirrored (01 with flips=True)
     },
 }
@@ -797,7 +797,7 @@ RECIPES["best"] = RECIPES["attention"] | {"self_critical": 5}
 
 
 def _between(low: float, high: float, **default):
-    """Declare a setting whose value lies between two numbers, both allowed."""
+    """Declare a setting whose value lies between two numbers, both included."""
     return dataclasses.field(metadata={"between": (low, high)}, **default)
 
 
@@ -920,7 +920,7 @@ class TrainSettings(_Settings):
             )
 
     def resolved(self) -> dict:
-        """Return the recipe with every parameter that was set put in its place."""
+        """Return the recipe, its values overridden by every parameter that was set."""
         settings = dataclasses.asdict(self)
         chosen = {name: value for name, value in settings.items() if value is not None}
         return {name: chosen.get(name, value) for name, value in RECIPES[self.recipe].items()}
@@ -971,15 +971,15 @@ def choose_precision(
     capability: tuple[int, int] | None = None,
     cpu_flags: str | None = None,
 ) -> tuple[torch.dtype, str]:
-    """Choose what a network computes in. Returns the dtype and one line saying why.
+    """Choose the dtype that a network computes in. Returns it and one line saying why.
 
     device      where it computes
-    override    a dtype's name, which is then the answer
+    override    the name of a dtype to return instead
     capability  of the CUDA device, (7, 5) for a T4; None: this machine's
     cpu_flags   the processor's features as Linux lists them; None: this machine's
     """
     if override != "auto":
-        return getattr(torch, override), f"{override}, as asked for"
+        return getattr(torch, override), f"{override}, as requested"
     if device.type == "cpu":
         if cpu_flags is None:
             with contextlib.suppress(OSError):
@@ -1019,8 +1019,8 @@ TABLE_SUFFIXES = {".txt", ".csv", ".tsv", ".token", ".caption", ".json", ".jsonl
 class Dataset:
     """A folder of captioned photos.
 
-    photos  photo name -> path, in the order of the names: the path below the photos' common folder
-    tables  files that may hold captions, also text files with the name of a photo
+    photos  name -> path, sorted by name: a photo's path below the photos' common folder
+    tables  files that may hold captions, including text files named after a photo
     """
 
     name: str
@@ -1033,7 +1033,7 @@ class Dataset:
     def find(cls, dataset_dir: str = "") -> Dataset:
         """Find the photos in `dataset_dir`; when empty, Flickr30k on Kaggle, elsewhere the sample.
 
-        Raises ArtifactError when there are no photos, nothing with captions, or several datasets.
+        Raises ArtifactError if there are no photos, no captions or several datasets.
         """
         inputs = kaggle_input()
         if dataset_dir:
@@ -1073,7 +1073,7 @@ class Dataset:
     def open(cls, folder: Path) -> Dataset:
         """List the photos and the possible caption files below `folder`.
 
-        Raises ArtifactError when it holds none of the first or none of the second.
+        Raises ArtifactError if either is missing.
         """
         if not folder.is_dir():
             raise ArtifactError(
@@ -1103,7 +1103,7 @@ class Dataset:
             "".join(map(str, paths)).encode()
         except UnicodeEncodeError as error:
             raise ArtifactError(
-                f"A photo in {folder} has a name that is no text: "
+                f"A photo in {folder} has a name that is not valid text: "
                 f"...{error.object[error.start - 20 : error.end + 4]!r}. Rename it."
             ) from None
         base = Path(os.path.commonpath([path.parent for path in paths]))
@@ -1123,7 +1123,7 @@ class Dataset:
         }
 
     def check_captions(self, files: dict[str, str]) -> None:
-        """Raise ArtifactError where a caption file (name -> sha256) changed since 02 read it."""
+        """Raise ArtifactError if a caption file (name -> sha256) has changed since 02 read it."""
         for name, known in files.items():
             path = self.folder / name
             if known and path.is_file() and sha256(path) != known:
@@ -1132,7 +1132,7 @@ class Dataset:
                 )
 
     def check_photos(self, extracted: Artifact) -> None:
-        """Raise ArtifactError where photos have been replaced since 01 read them.
+        """Raise ArtifactError if photos have changed since 01 read them.
 
         Photos of the same size are hashed only if they were modified after 01 had finished.
         """
@@ -1149,8 +1149,8 @@ class Dataset:
                 changed.append(name)
         if changed:
             raise ArtifactError(
-                f"{len(changed)} photos are not those that 01_extract_features read ({changed[0]}, "
-                "...). Run 01_extract_features.ipynb again."
+                f"{len(changed)} photos have changed since 01_extract_features read them "
+                f"({changed[0]}, ...). Run 01_extract_features.ipynb again."
             )
 
     def title(self) -> str:
@@ -1183,7 +1183,7 @@ def _draw_sample(folder: Path) -> None:
 PAD, START, END, UNK = range(4)
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
 
-# Typographic and full-width signs as typed ones; soft hyphens and zero-width signs vanish.
+# Typographic and full-width characters become ASCII; soft hyphens and zero-width ones are dropped.
 _TYPED = {
     "'": "\u2018\u2019\u201b\xb4`\u02bc\uff07",
     '"': "\u201c\u201d\u201e\u201f\xab\xbb\u300a\u300b\u300c\u300d\u300e\u300f",
@@ -1206,7 +1206,7 @@ HAN = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U000200
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + HAN
 _APART = re.compile(f"[{UNSPACED}]|[\u2600-\u27bf\U0001f000-\U0001faff]+")  # emoji stay together
 _ABBREVIATION = re.compile(r"(?:mrs?|ms|[djs]r|[a-z](?:\.[a-z])+)\.")
-# COCO's evaluation leaves these out; its list has the brackets too, in capitals, so that they stay.
+# COCO's evaluation drops these. Its list has the brackets too, but in capitals, so they stay.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
@@ -1232,11 +1232,11 @@ def tokenize(text: str, language: str = "en") -> list[str]:
     """Split a caption into words as the COCO evaluation does.
 
     These are NLTK's Treebank tokens, lower case, without punctuation; Chinese, Japanese, Thai, Lao,
-    Khmer and Burmese are split into characters. No token holds or depends on white space, so
-    "a man's dog" and "a man 's dog" are the same words. Only English ("en") splits "cannot" and
+    Khmer and Burmese are split into characters. No token contains or depends on white space,
+    so "a man's dog" and "a man 's dog" give the same words. Only English ("en") splits "cannot" and
     "gonna". 34,992 of 35,000 Flickr8k captions get the tokens of pycocoevalcap's PTBTokenizer.
     """
-    if not text.isascii():  # nearly all English captions are: half of the time
+    if not text.isascii():  # nearly all English captions are; this halves the time
         text = unicodedata.normalize("NFC", text).translate(_TYPED)
         text = _APART.sub(r" \g<0> ", text)
     english = language == "en"
@@ -1244,7 +1244,7 @@ def tokenize(text: str, language: str = "en") -> list[str]:
     return [token for piece in pieces for token in _tokenize_piece(piece, english)]
 
 
-# The spaces that a sentence lacks: do n't, dog 's, $ 5, 50 %, can not, gon na, between characters.
+# Spaces that a sentence omits: do n't, dog 's, $ 5, 50 %, can not, gon na, between characters.
 JOINED = re.compile(
     r" (?=(?:n't|'(?:s|m|d|ll|re|ve)|%)(?!\S))|(?<=[#$]) "
     r"|(?<=\bcan) (?=not(?!\S))|(?<=\b[gw][oa]n) (?=na(?!\S))|(?<=\bgot) (?=ta(?!\S))"
@@ -1261,9 +1261,9 @@ BRACKETS = {
 
 
 def detokenize(words: Sequence[str]) -> str:
-    """Write words as a sentence ("A man's dog doesn't run.") that has the same words again.
+    """Write words as a sentence ("A man's dog doesn't run."), which has the same tokens.
 
-    Not by NLTK, whose import would take 2.5 of the 4 seconds to a fresh process's first caption.
+    NLTK is not used: its import would take 2.5 of the 4 seconds to a fresh process's first caption.
     """
     text = JOINED.sub("", " ".join(words))
     for name, sign in BRACKETS.items():
@@ -1280,8 +1280,8 @@ class Vocab:
     """The words a captioner knows; ids 0-3 are <pad>, <start>, <end> and <unk>.
 
     words      all words, special ones included, in the order of their ids: most frequent first
-    min_count  how often a word had to occur to be here
-    forms      how people write words that are not in lower case inside a sentence: {"hund": "Hund"}
+    min_count  how often a word had to occur to be included
+    forms      usual forms of words that are not in lower case inside a sentence: {"hund": "Hund"}
     """
 
     def __init__(self, words: Sequence[str], min_count: int = 1, forms: dict | None = None):
@@ -1299,7 +1299,7 @@ class Vocab:
     def build(
         cls, captions: Iterable[Sequence[str]], min_count: int = 5, texts: Iterable[str] = ()
     ) -> Vocab:
-        """Make a vocabulary of the words that occur `min_count` times in tokenised captions.
+        """Make a vocabulary of words that occur `min_count` times or more in tokenised captions.
 
         texts  the captions as written, for the usual form of each word
         """
@@ -1309,12 +1309,12 @@ class Vocab:
         )
         if not kept:
             raise ArtifactError(
-                f"None of the {len(counts)} words in {counts.total()} occurs {min_count} times: a "
-                "captioner could say nothing. Lower min_count, or give more captions."
+                f"None of the {len(counts)} different words ({counts.total()} in all) occurs "
+                f"{min_count} times. Lower min_count, or provide more captions."
             )
         written: dict = defaultdict(Counter)
         for text in texts:
-            for form in re.findall(r"\w+", text)[1:]:  # a first word is in capitals in any case
+            for form in re.findall(r"\w+", text)[1:]:  # the first word is capitalised anyway
                 written[form.lower()][form] += 1
         usual = {w: written[w].most_common(1)[0][0] for w in kept if w in written}
         return cls(SPECIAL + kept, min_count, {w: form for w, form in usual.items() if form != w})
@@ -1372,7 +1372,7 @@ class CaptionData:
 
     @classmethod
     def load(cls, extracted: Artifact | Path, prepared: Artifact | Path) -> CaptionData:
-        """Join what 01 and 02 left. Raises ArtifactError when they cover different photos."""
+        """Join the results of 01 and 02. Raises ArtifactError if they cover different photos."""
         row_of = {
             name: row
             for row, name in enumerate(read_table(extracted / "images.csv", "image")["image"])
@@ -1399,7 +1399,7 @@ class CaptionData:
         """Return the rows and references of a split's photos; ArtifactError when it has none."""
         if split not in self.rows:
             raise ArtifactError(
-                f"There is no {split} photo: the lists given to 02_vocab have "
+                f"There are no {split} photos: the lists given to 02_vocab have only "
                 f"{', '.join(self.rows)}. Evaluate split='val', or run 02 with a test list."
             )
         return self.rows[split], self.references[split]
@@ -1415,7 +1415,7 @@ class CaptionData:
 
 
 class _CaptionBatches:
-    """The captions of one split as ids, cut into batches of alike lengths.
+    """The captions of one split as ids, in batches of similar lengths.
 
     rows  the photo (row of features.npy) of each caption
     ids   the ids of each caption, <start> and <end> included
@@ -1423,7 +1423,7 @@ class _CaptionBatches:
 
     def __init__(self, rows: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int):
         self.rows, self.batch_size = np.asarray(rows), batch_size
-        # All ids one after the other: millions of small lists would take ten times the memory.
+        # All ids concatenated: millions of small lists would take ten times the memory.
         self.lengths = np.array([len(i) for i in ids])  # (captions,)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])  # where each caption begins
         self.flat = np.concatenate([np.asarray(i, np.int32) for i in ids])  # (all tokens,)
@@ -1435,8 +1435,8 @@ class _CaptionBatches:
         """Return the batches of epoch `number`, each an array of caption indices (B).
 
         A pure function of its arguments. Captions are shuffled, sorted by length within pools of 64
-        batches, cut, and the batches shuffled: hardly any padding, and neighbours that differ from
-        epoch to epoch.
+        batches and cut into batches, which are shuffled too: hardly any padding, and different
+        neighbours in each epoch.
         """
         if not shuffle:
             order = np.argsort(self.lengths, kind="stable")
@@ -1463,7 +1463,7 @@ class _CaptionBatches:
 # 4. Photos
 # --------------------------------------------------------------------------------------------------
 
-# Photos in a forward pass on a CPU: the activations stay in its cache, 1.3x as fast as 32.
+# Photos per forward pass on a CPU: the activations fit in its cache, 1.3x as fast as 32.
 CPU_SLICE = 8
 MAX_PIXELS = 100_000_000  # decoded at once, 300 MB; larger JPEGs are decoded at half their size
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of levels 0-255
@@ -1474,7 +1474,7 @@ def _pillow():
     """Import Pillow, set up for large photos, for long texts in a PNG and for HEIC."""
     from PIL import Image, PngImagePlugin
 
-    # From twice as many on, Pillow refuses; editors write megabytes of history into a PNG's text.
+    # Pillow refuses more than twice this; editors write megabytes of history into a PNG's text.
     Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     with contextlib.suppress(ImportError):
@@ -1489,8 +1489,9 @@ def open_photo(source) -> Tensor:
 
     source  a path, the file's bytes, a PIL image, or an array (height, width[, 1, 3 or 4]) uint8
 
-    Upright by EXIF, in sRGB, transparency on white, 16 bits scaled to 8, the first frame of an
-    animation; a JPEG above MAX_PIXELS at half its size. Raises ValueError saying what is wrong.
+    The result is upright by EXIF, in sRGB, with transparency on white and 16 bits scaled to 8; of
+    an animation it is the first frame, and a JPEG above MAX_PIXELS is decoded at half its size.
+    Raises ValueError saying what is wrong.
     """
     name = Path(source).name if isinstance(source, str | Path) else "the photo"
     try:
@@ -1500,7 +1501,7 @@ def open_photo(source) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width)
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist.") from None
-    except Exception as error:  # for broken files, Pillow raises nearly everything there is
+    except Exception as error:  # for broken files, Pillow raises nearly any exception
         reason = re.sub("^cannot identify image file.*", "it holds no image", str(error))
         if isinstance(source, bytes) and source[4:8] == b"ftyp":
             reason = (
@@ -1520,7 +1521,7 @@ def _open_image(source):
     width, height = image.size
     if not width * height:
         raise ValueError("it has no pixels")
-    # At half the size, a quarter of the pixels. A progressive JPEG is held whole even so.
+    # Half the size is a quarter of the pixels. A progressive JPEG would be held in full even so.
     if width * height > MAX_PIXELS and "progressive" not in image.info:
         image.draft(None, (width // 2, height // 2))
     if image.width * image.height > MAX_PIXELS:
@@ -1548,7 +1549,7 @@ def _upright(image):
     """Rotate or mirror a photo as its EXIF says; ImageOps.exif_transpose fails on damaged EXIF."""
     turns = _pillow().Transpose
     orientation = 1
-    with contextlib.suppress(Exception):  # EXIF that is broken says nothing of the pixels
+    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         orientation = image.getexif().get(0x0112, 1)
     turn = {
         2: turns.FLIP_LEFT_RIGHT,
@@ -1563,7 +1564,7 @@ def _upright(image):
 
 
 def _eight_bits(image) -> np.ndarray:
-    """Scale levels of 16 or 32 bits, or of floating point, to 0-255, where Pillow cuts them off."""
+    """Scale 16-bit, 32-bit or floating-point levels to 0-255; Pillow would clip them."""
     levels = np.nan_to_num(np.asarray(image, np.float32)).clip(0)  # (height, width)
     highest = levels.max()
     top = 65535
@@ -1575,7 +1576,7 @@ def _eight_bits(image) -> np.ndarray:
 
 
 def _to_srgb(image, profile: bytes):
-    """Bring the colours of a wide-gamut photo (Display P3, Adobe RGB) to sRGB."""
+    """Convert the colours of a wide-gamut photo (Display P3, Adobe RGB) to sRGB."""
     from PIL import ImageCms
 
     with contextlib.suppress(Exception):  # a profile that is broken, or of another kind of picture
@@ -1597,7 +1598,7 @@ def preprocess(photo: Tensor, how: str = "squash", side: int = PHOTO_SIZE) -> Te
     how  "squash": the whole photo, since captions describe all of it; "crop": the middle square,
          224 / 232 of the shorter side, as torchvision's classifiers see it
 
-    No step makes more than the photo itself or side x side, whatever the photo's shape.
+    No intermediate result is larger than the photo and side x side, whatever the photo's shape.
     """
     height, width = photo.shape[1:]
     if how == "crop":
@@ -1623,12 +1624,12 @@ class Backbone(nn.Module):
 
     name             as `load_backbone` takes it
     network          maps normalised photos (B, 3, side, side) to a feature map
-                     (B, D, height, width), also channels last, or to tokens (B, N, D), of which
-                     the last are regions: as many as the largest square number up to N
+                     (B, D, height, width), or the same channels last, or to tokens (B, N, D), whose
+                     last ones are the regions: the largest square number up to N
     tensors          its pre-trained weights
     width            D
     mean, deviation  of the levels 0-255 it was trained with, three each
-    metadata         of a file of its weights, besides the tensors
+    metadata         stored in its weights file besides the tensors
     """
 
     def __init__(
@@ -1688,14 +1689,14 @@ class Backbone(nn.Module):
         # Normalised in float32: in half precision the differences would lose digits.
         seen = self.network(levels.to(self.dtype, memory_format=torch.channels_last))
         grid = self._grid(seen.float())  # (B, D, height, width)
-        # Larger photos, and networks with another stride, have another grid than 7 x 7.
+        # Larger photos and networks with another stride give a grid other than 7 x 7.
         if regions > 1 and grid[0, 0].numel() != regions:
             grid = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(regions))
         grid = grid.flatten(2).transpose(1, 2)  # (B, R, D)
         return grid.mean(1, keepdim=True) if regions == 1 else grid
 
     def _grid(self, seen: Tensor) -> Tensor:
-        """Bring what the network returns to (B, D, height, width)."""
+        """Bring the network's output into the shape (B, D, height, width)."""
         if seen.ndim == 3:  # tokens (B, N, D), the regions last
             side = math.isqrt(seen.shape[1])  # without the class token and registers
             return seen[:, -side * side :].transpose(1, 2).unflatten(-1, (side, side))
@@ -1710,19 +1711,19 @@ class Backbone(nn.Module):
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let malloc keep what a network frees for its next photos.
+    """Let malloc keep the memory that a network frees, for its next photos.
 
-    By default glibc gives such blocks back, and the kernel clears them anew, page by page.
+    By default glibc returns such blocks to the kernel, which clears them again, page by page.
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-8, 1)  # M_ARENA_MAX: a thread's own heap ends at 64 MB
-        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: before glibc 2.35 no more
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most before glibc 2.35
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _rounded(name: str, network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Round weights to what `save` writes: a captioner's copy computes the same features."""
+    """Round weights as `save` does, so that a captioner's copy computes the same features."""
     expected = {k: t.shape for k, t in network.state_dict().items() if t.is_floating_point()}
     wrong = [k for k, shape in expected.items() if k not in tensors or tensors[k].shape != shape]
     if wrong:
@@ -1752,8 +1753,8 @@ def _fold_batchnorm(network: nn.Module) -> None:
 def _load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a .safetensors file, or the tensors of a .pt or .pth file.
 
-    A "module." before every key, as DataParallel writes, is dropped. Raises ArtifactError for a
-    file that holds anything else.
+    DataParallel's prefix "module." is removed from the keys. Raises ArtifactError for a file that
+    holds anything else.
     """
     from safetensors import safe_open
 
@@ -1769,8 +1770,8 @@ def _load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not tensors or not all(
             isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
         ):
-            raise ValueError("it holds something else than named tensors")
-    except Exception as error:  # safetensors, zipfile and unpickler each have their own
+            raise ValueError("it holds something other than named tensors")
+    except Exception as error:  # safetensors, zipfile and the unpickler each raise their own
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise ArtifactError(f"{path} holds no weights that can be read safely: {reason}") from None
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
@@ -1779,11 +1780,11 @@ def _load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _save_weights(
     path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole or not at all, each one even where they share memory."""
+    """Write tensors as safetensors, whole or not at all, even if some share their memory."""
     from safetensors.torch import save
 
     data = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
-    with replacing(path) as temporary:  # by a file of ours, for its plain OSErrors
+    with replacing(path) as temporary:  # not by safetensors, for plain OSErrors
         temporary.write_bytes(data)
 
 
@@ -1793,7 +1794,7 @@ def _build_resnet50(weights: str) -> Backbone:
     metadata = {}
     if weights.endswith((".safetensors", ".pth", ".pt")):
         tensors, metadata = _load_weights(weights)
-    else:  # the original project's; V2 trained longer
+    else:  # the original project's weights; V2 trained longer
         tensors = _torchvision_weights(weights or "IMAGENET1K_V1")
     # Random weights would take longer to draw than the real ones to read.
     with torch.device("meta"):
@@ -1801,7 +1802,7 @@ def _build_resnet50(weights: str) -> Backbone:
     del layers["avgpool"], layers["fc"]
     stride = {}
     if metadata.get("stride_in_1x1", "").lower() == "true":
-        # The network of 2015, whose weights the newer one would read without an error, and wrongly.
+        # The network of 2015: the newer one would accept its weights, and compute something else.
         stride = {"stride_in_1x1": metadata["stride_in_1x1"]}
         for layer in (layers["layer2"], layers["layer3"], layers["layer4"]):
             layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
@@ -1831,13 +1832,13 @@ def _torchvision_weights(weights: str) -> dict[str, Tensor]:
 
 
 def _fetched(name: str, fetch, advice: str = "") -> dict[str, Tensor]:
-    """Return what `fetch` downloads, or say what to do without a network."""
+    """Return what `fetch` downloads; ArtifactError says what to do without a network."""
     try:
         return fetch()
     except Exception as error:  # of urllib, requests, httpx or the Hub's client
         raise ArtifactError(
             f"The weights of {name} could not be downloaded ({str(error)[:200]}). Switch the "
-            f"internet on, {advice}or set backbone_weights to a file of them (.safetensors, .pth)."
+            f"internet on, {advice}or set backbone_weights to a weights file (.safetensors, .pth)."
         ) from None
 
 
@@ -1850,7 +1851,7 @@ def _build_efficientnet(size: str, weights: str) -> Backbone:
     with torch.device("meta"):
         network = EfficientNet.from_name(f"efficientnet-{size}", num_classes=1)
     network._fc, network.forward = nn.Identity(), network.extract_features
-    # The same numbers, faster: the package copies what it pads or cuts off.
+    # The same numbers, faster: the package copies what it pads or clips.
     for layer in network.modules():
         if isinstance(layer, nn.ReLU6):
             layer.inplace = True
@@ -1870,7 +1871,7 @@ def _build_timm(name: str, weights: str) -> Backbone:
     try:
         network = create()  # not on the meta device: some have tensors that no file holds
     except RuntimeError as error:
-        raise ValueError(f"timm knows no {name!r}: {error}") from None
+        raise ValueError(f"timm has no model {name!r}: {error}") from None
     network.forward = network.forward_features
     if weights:
         tensors, _ = _load_weights(weights)
@@ -1885,7 +1886,7 @@ BACKBONES = {"resnet50": _build_resnet50} | {
     f"efficientnet_{size}": partial(_build_efficientnet, size)
     for size in ("lite0", "lite1", "lite2")
 }
-# Backbones whose weights are part of a package: captioners are saved without them.
+# Backbones whose weights come from a package, so captioners are saved without them.
 BACKBONES_FROM_PIP = BACKBONES.keys() - {"resnet50"}
 # Packages that a backbone needs besides requirements.txt.
 BACKBONE_PACKAGES = {
@@ -1896,14 +1897,14 @@ BACKBONE_PACKAGES = {
 
 
 def _find_backbone(name: str):
-    """Return what builds a backbone from its weights' name or path, or raise ValueError."""
+    """Return the function that builds a backbone from its weights; ValueError if there is none."""
     family, _, member = name.partition("/")
     if family == "timm" and member:
         return partial(_build_timm, member)
     if name not in BACKBONES:
         raise ValueError(
-            f"backbone is {name!r}; it must be {', '.join(map(repr, BACKBONES))} or timm/NAME, "
-            "which has CLIP, SigLIP 2, DINOv2 and ConvNeXt"
+            f"backbone is {name!r}; it must be {', '.join(map(repr, BACKBONES))} or timm/NAME "
+            "(CLIP, SigLIP 2, DINOv2, ConvNeXt and many more)"
         )
     return BACKBONES[name]
 
@@ -1927,14 +1928,14 @@ class Features:
     pooled   average the grid, for decoders that see the photo as one vector
     copies   how many such files have to fit into the device's memory together
 
-    They are copied to a GPU when they fit into a third of its memory. Otherwise the file is
-    memory-mapped, and all processes of a machine share what the system caches of it.
+    They are copied to a GPU if they fit into a third of its memory. Otherwise the file is
+    memory-mapped, and all processes on a machine share the system's cache of it.
     """
 
     def __init__(self, path: Path | str, pooled: bool, device: torch.device, copies: int = 1):
         try:
             array = np.load(path, mmap_mode="r")
-        except Exception as error:  # a header that is broken raises nearly everything there is
+        except Exception as error:  # a broken header raises nearly any exception
             raise ArtifactError(
                 f"{path} holds no features: {error}. Run 01_extract_features.ipynb again."
             ) from None
@@ -1944,8 +1945,8 @@ class Features:
             )
         if not pooled and array.shape[1] == 1:
             raise ArtifactError(
-                f"{path} holds one vector a photo, this decoder attends to regions: re-run 01 with "
-                "regions=49."
+                f"{path} holds one vector per photo, but this decoder attends to regions: run 01 "
+                "again with regions=49."
             )
         if pooled and array.shape[1] > 1:
             blocks = (array[i : i + 256] for i in range(0, len(array), 256))
@@ -1966,7 +1967,7 @@ class Features:
         return torch.from_numpy(self.array[rows]).to(self.device).float()
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Return one vector a photo (B, D): the mean over its regions."""
+        """Return one vector per photo (B, D): the mean over its regions."""
         return np.concatenate(
             [self[rows[i : i + 512]].mean(1).cpu().numpy() for i in range(0, len(rows), 512)]
         )
@@ -1977,7 +1978,7 @@ class Features:
         Blocks are summed in float32 and added up in float64, as differences from the first
         block's mean, so that features that hardly differ lose no digits.
         """
-        rows = np.sort(rows)  # as the file lies on the disk
+        rows = np.sort(rows)  # in the order of the file
         start = self[rows[:64]].flatten(0, 1).mean(0)  # (D,)
         total = torch.zeros(self.width, dtype=torch.float64)
         squares = torch.zeros(self.width, dtype=torch.float64)
@@ -1990,7 +1991,7 @@ class Features:
         mean += start.cpu()
         if not mean.isfinite().all():
             raise ArtifactError(
-                "Some features are no numbers. Run 01_extract_features.ipynb again, with "
+                "Some features are not finite. Run 01_extract_features.ipynb again, with "
                 "precision='float32'."
             )
         return mean.float(), variance.clamp(min=1e-8).sqrt().float()
@@ -2005,8 +2006,8 @@ class State(NamedTuple):
     """A decoder's state between two words; the first axis of every tensor is the batch.
 
     photo    (B, ...)    of the photos, made once by `start`: a photo's captions share its row
-    caption  (B*K, ...)  of the captions so far, made anew by each `step`, a photo's next to each
-                         other; "weights" (B*K, R), if there, are the last attention weights
+    caption  (B*K, ...)  of the captions so far, replaced by each `step`, a photo's next to each
+                         other; "weights" (B*K, R), if present, are the last attention weights
     """
 
     photo: dict[str, Tensor]
@@ -2014,7 +2015,8 @@ class State(NamedTuple):
 
 
 def _draw(weight: Tensor, std: float) -> Tensor:
-    # On the meta device, where captioners are loaded, it would import torch's compiler: seconds.
+    # On the meta device, where captioners are loaded, it would spend seconds on importing torch's
+    # compiler.
     return weight if weight.is_meta else nn.init.normal_(weight, std=std)
 
 
@@ -2025,7 +2027,7 @@ class _Embedding(nn.Embedding):
 
 
 class PooledLSTM(nn.Module):
-    """The original's decoder: one vector a photo becomes the first hidden state of an LSTM.
+    """The original decoder: one vector per photo becomes the first hidden state of an LSTM.
 
     As in "Show and Tell" (Vinyals et al., 2015), except that the photo enters as the state, not as
     the first word.
@@ -2078,7 +2080,7 @@ class PooledLSTM(nn.Module):
 
 
 def _tie(output: nn.Linear, embedding: nn.Embedding) -> None:
-    """Let the output layer share the embedding's weights: better on few captions."""
+    """Let the output layer share the embedding's weights, which is better on few captions."""
     # So small that the first logits, products of H terms, stay near 1.
     _draw(embedding.weight, std=embedding.embedding_dim**-0.5)
     nn.init.zeros_(output.bias)
@@ -2131,7 +2133,7 @@ class AttentionLSTM(nn.Module):
         return State(photo, {"hidden": hidden, "cell": cell, "weights": weights})
 
     def attend(self, hidden: Tensor, photo: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Average a photo's regions, weighted by how well each answers the caption so far.
+        """Average a photo's regions, weighted by how well each matches the caption so far.
 
         hidden  (B*K, H)  hidden states of K captions of each photo
         photo             "grid" (B, R, H) and its keys (B, R, A), from `start`
@@ -2143,7 +2145,7 @@ class AttentionLSTM(nn.Module):
         scores = self.score((keys[:, None] + query).tanh_())[..., 0]  # (B, K, R)
         # In float32: a T4 computes in float16, where exponents overflow.
         weights = scores.float().softmax(-1)
-        # One matrix product a photo serves its K captions; no grid is copied for a beam.
+        # One matrix product per photo serves its K captions; no grid is copied for a beam.
         context = (weights.to(grid.dtype) @ grid).flatten(0, 1)  # (B*K, H)
         # The gate lets words that need no photo ("of", "the") ignore it.
         return context * self.gate(hidden).sigmoid(), weights.flatten(0, 1)
@@ -2176,8 +2178,8 @@ class AttentionLSTM(nn.Module):
         state = self.start(features)
         embedded = self.dropout(self.embedding(words))  # (B, T, E)
         joined = []
-        # Each word's context depends on the hidden state before it: no way around a loop over
-        # positions.
+        # Each word's context depends on the hidden state before it, so a loop over positions is
+        # unavoidable.
         for position in range(words.shape[1]):
             at_position, state = self._advance(embedded[:, position], state)  # (B, 2H + E)
             joined.append(at_position)
@@ -2185,9 +2187,9 @@ class AttentionLSTM(nn.Module):
 
 
 class _TransformerLayer(nn.Module):
-    """Self-attention, attention to the photo, and an mlp, each with a residual connection.
+    """Self-attention, attention to the photo, and an MLP, each with a residual connection.
 
-    LayerNorms are in front of them (pre-norm; Xiong et al., 2020).
+    Each is preceded by a LayerNorm (pre-norm; Xiong et al., 2020).
     """
 
     WORDS, PHOTO = 0, 1  # the index of self-attention, and of attention to the photo
@@ -2221,8 +2223,8 @@ class _TransformerLayer(nn.Module):
         Returns the result (B*K, T, W), and the weights (B, K*T, S), averaged over the heads.
         """
         keys, values = keys_values.unbind(1)  # (B, heads, S, W / heads) each
-        # The K captions of a photo are further positions of its row: they share its keys without a
-        # copy. Not len(keys), which an export to ONNX would take for a constant.
+        # The K captions of a photo become further positions of its row: they share its keys without
+        # a copy. Not len(keys), which an export to ONNX would turn into a constant.
         query = self.queries[which](x).reshape(keys.shape[0], -1, self.heads, keys.shape[-1])
         query = query.transpose(1, 2)  # (B, heads, K*T, W / heads)
         scores = (query @ keys.transpose(-1, -2)).float() * keys.shape[-1] ** -0.5
@@ -2254,7 +2256,8 @@ class _TransformerLayer(nn.Module):
 class TransformerDecoder(nn.Module):
     """A Transformer decoder that attends to the photo's regions and caches keys and values.
 
-    Vaswani et al., 2017, with tied embeddings. Positions are learned for regions, sines for words.
+    Vaswani et al., 2017, with tied embeddings. Position embeddings are learned for regions and
+    sinusoidal for words.
     """
 
     pooled = False
@@ -2299,8 +2302,8 @@ class TransformerDecoder(nn.Module):
         octave = torch.arange(0, width, 2, device=words.device)
         angle = place * torch.exp(octave * (-math.log(10000) / width))  # (T, H / 2)
         sines = torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)  # (T, H)
-        # Tied vectors are small, for the output's sake; times sqrt(H) they stand beside sines of up
-        # to 1.
+        # Tied vectors are small for the output layer's sake; times sqrt(H) they match the scale of
+        # the sines.
         return self.embedding(words) * width**0.5 + sines
 
     def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -2318,7 +2321,7 @@ class TransformerDecoder(nn.Module):
 
         Returns the logits of the next word (B*K, V) and the new state.
         """
-        position = state.caption["layer 0"].shape[3]  # as many words have been read
+        position = state.caption["layer 0"].shape[3]  # the number of words read so far
         x, state = self._advance(self._embed(words[:, None], position), state)  # (B*K, 1, H)
         return self.output(x[:, 0]), state
 
@@ -2351,7 +2354,7 @@ class Captioner(nn.Module):
     features    D
     vocabulary  V
     moments     mean and deviation (D,) of the training photos' features: ResNet's are all positive,
-                and a linear encoder of such inputs is badly conditioned
+                and a linear encoder of such inputs is ill-conditioned
 
     The decoder has `start(features) -> State`, `step(words, state) -> (logits, State)`,
     `read(features, words) -> hidden`, `output` (hidden -> logits) and `pooled`, which says whether
@@ -2367,13 +2370,13 @@ class Captioner(nn.Module):
         self.register_buffer("deviation", moments[1].float(), persistent=False)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args, **options):
-        """Load weights, also those saved before some parameters had the names of today."""
+        """Load weights, including those saved before some parameters were renamed."""
         for old, new in RENAMED.items():
             state_dict = {name.replace(old, new): t for name, t in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **options)
 
     def standardise(self, features: Tensor) -> Tensor:
-        """Bring features (B, R, D) to mean 0 and deviation 1 over the training photos."""
+        """Scale features (B, R, D) to mean 0 and deviation 1 over the training photos."""
         return (features - self.mean) / self.deviation
 
     def start(self, features: Tensor) -> State:
@@ -2397,7 +2400,7 @@ class Captioner(nn.Module):
         words     (B, T)  ids from <start> to <end>, padded
         weights   (B,)    of each caption in the loss; None: 1
 
-        Returns two scalars, (). The second is without label smoothing and weights.
+        Returns two scalars, (). The second ignores label smoothing and weights.
         """
         hidden = self.decoder.read(self.standardise(features), words[:, :-1])  # (B, T - 1, H)
         real = words[:, 1:] != PAD  # (B, T - 1)
@@ -2408,8 +2411,8 @@ class Captioner(nn.Module):
             logits, target, reduction="none", label_smoothing=label_smoothing
         )  # (M,)
         with torch.no_grad():
-            # Smoothing takes its share s of each loss to the mean logit: undone, the log-likelihood
-            # is there without a second softmax.
+            # Smoothing moves a share of each loss to the mean logit; undoing this gives the
+            # log-likelihood without a second softmax.
             said = logits.gather(1, target[:, None])[:, 0]  # (M,)
             likelihood = (losses + label_smoothing * (logits.mean(-1) - said)).sum()
         if weights is not None:
@@ -2427,27 +2430,27 @@ class Decoding(_Settings):
     """How captions are generated; page, command, validation and evaluation share these defaults.
 
     method             "beam", "greedy" (a beam of width 1) or "sample" (words drawn at random)
-    beam_width         partial captions of a photo that are kept at each step
+    beam_width         partial captions kept per photo at each step
     length_preference  a caption scores log-probability / length**length_preference: the higher, the
                        longer the captions
-    no_repeat          a beam never has the same so many words twice in the same order, nor a word
-                       again with at most one between: of people's captions in Flickr8k, one in a
-                       hundred has (0: it may)
-    min_length         words before which no caption ends
-    max_length         words of a caption: 99.98 % of Flickr8k's have no more
+    no_repeat          beam search repeats no n-gram of this many words, and no word with at most
+                       one other between; one in a hundred of people's captions in Flickr8k does
+                       (0: repeats are allowed)
+    min_length         minimum number of words
+    max_length         maximum number of words; 99.98 % of Flickr8k's captions have no more
     temperature        of samples: below 1, likely words become likelier
-    top_p              samples are drawn from the likeliest words with this probability together
+    top_p              samples are drawn from the likeliest words that add up to this probability
     seed               of samples: the same seed draws the same captions
-    captions           samples of a photo; a search ends with up to `beam_width` captions anyway
+    captions           samples per photo; a search returns up to `beam_width` captions anyway
     start              how every caption begins: "two dogs"
     must, never        words that every caption has, words that none has: "frisbee grass"
-    max_chars          characters of a caption, for alt text (0: any number); no word is cut
+    max_chars          maximum number of characters, for alt text (0: no limit); no word is cut
 
     The defaults were chosen on Flickr8k's validation photos (notebooks/README.md).
 
-    Two of these are no guarantees: when no word may follow, a caption ends before min_length; when
-    no caption has all words of `must`, those with the most of them are returned. Samples ignore
-    no_repeat and refuse must.
+    Two of these are not guaranteed: if no word may follow, a caption ends before min_length; if no
+    caption has all words of `must`, those with the most of them are returned. Sampling ignores
+    no_repeat and refuses must.
     """
 
     method: str = _one_of(["beam", "greedy", "sample"], default="beam")
@@ -2496,9 +2499,9 @@ class _Constraints:
         self.must = torch.tensor(must, dtype=torch.long, device=device)  # (M,)
         if both := set(self.never) & {*self.start, *must}:
             words = ", ".join(vocab.words[i] for i in both)
-            raise ValueError(f"{words}: asked for by start or must, and forbidden by never")
+            raise ValueError(f"{words}: required by start or must, but forbidden by never")
         if self.max_chars:
-            # Each with the space before it: one too many for words that are glued on ("n't").
+            # Each with the space before it: one too many for words joined to the last one ("n't").
             lengths = [len(word) + 1 for word in vocab.words]
             self.lengths = torch.tensor(lengths, device=device)  # (V,)
             if sum(lengths[i] for i in self.start) + 12 > self.max_chars:
@@ -2515,18 +2518,18 @@ class _Constraints:
         return [vocab.ids[word] for word in words]
 
     def forbid(self, logits: Tensor, ids: Tensor) -> None:
-        """Rule out what may not follow captions ids (..., T); changes logits (..., V)."""
+        """Rule out words that may not follow captions ids (..., T); changes logits (..., V)."""
         position = ids.shape[-1]  # T words come before the next one
         logits[..., [PAD, START, UNK, *self.never]] = -torch.inf
         if position < len(self.start):
-            # Its logit stays: in a beam, the words of `start` count like any others.
+            # Its logit stays: in a beam's scores, the words of `start` count like any others.
             kept = logits[..., self.start[position], None].clone()
             logits.fill_(-torch.inf)[..., self.start[position], None] = kept
         elif self.max_chars:
             # The full stop takes one, and another one where it may not touch the last word.
             left = self.max_chars - 2 - self.lengths[ids].sum(-1, keepdim=True)  # (..., 1)
             too_long = self.lengths > left  # (..., V)
-            too_long[..., END] = False  # ending takes no character more
+            too_long[..., END] = False  # ending takes no more characters
             logits.masked_fill_(too_long, -torch.inf)
 
 
@@ -2538,7 +2541,7 @@ class _Beams:
     missing words, fewest missing first.
     """
 
-    photos: Tensor  # (P,) places among the searched photos
+    photos: Tensor  # (P,) indices into the searched photos
     ids: Tensor  # (P, K, L + 1) <start>, the words so far, <pad>
     scores: Tensor  # (P, K) log-probabilities; -inf: no caption
     ended_ids: Tensor  # (P, width, L + 1)
@@ -2547,7 +2550,7 @@ class _Beams:
 
     @classmethod
     def begin(cls, state: State, features: Tensor, width: int, max_length: int) -> _Beams:
-        """Start each photo of features (P, R, D) with a single caption, of no words yet."""
+        """Start each photo of features (P, R, D) with a single, empty caption."""
         ended_ids = features.new_full((len(features), width, max_length + 1), PAD).long()
         ended_scores = torch.full_like(ended_ids[..., 0], -torch.inf, dtype=torch.float32)
         ids = torch.full_like(ended_ids[:, :1], PAD)  # (P, 1, L + 1)
@@ -2602,14 +2605,14 @@ def beam_search(
     """Find the likeliest captions of all photos (P, R, D) at once, by beam search.
 
     captioner  has `start` and `step` as `Captioner` does
-    vocab      of the captioner, when `decoding` names words or characters
+    vocab      of the captioner, needed if `decoding` constrains words or characters
 
     At each step the best K = `beam_width` of all continuations are kept; one of these that ends
     joins the best K ended captions of its photo. A photo is done when no partial caption scores
     above the worst of K ended ones. Width 1 is greedy search. <pad>, <start> and <unk> are never
     generated. Photos do not influence each other: a batch of any size gives the same captions.
 
-    Returns for each photo up to K hypotheses, best first, at least one; unfinished ones where none
+    Returns for each photo up to K hypotheses, best first, at least one; unfinished ones if none
     ended within max_length words. Length normalisation: Wu et al., 2016. A beam for each number of
     missing words: Hokamp and Liu, 2017.
     """
@@ -2624,7 +2627,7 @@ def beam_search(
         logits = logits.float().view(*last.shape, -1)  # (P, K, V)
         if decoding.no_repeat and length > max(1, len(constraints.start)):
             _forbid_repeats(logits, ids, decoding.no_repeat)
-        # After repeats are ruled out, before the constraints: these change no caption's score.
+        # After repeats are ruled out, but before the constraints, which change no caption's score.
         normaliser = logits.logsumexp(-1)  # (P, K)
         constraints.forbid(logits, ids)
         missing = (ids[..., None] != constraints.must).all(-2)  # (P, K, M)
@@ -2667,15 +2670,15 @@ def _extend(
     offset   (P, K)     added to a logit, gives the score of the caption up to this word
     missing  (P, K, M)  which of the words `must` (M,) a caption does not have yet
 
-    Returns the scores (P, K) of the captions if they end here. Then of the `width` best
-    continuations for each number of missing words: their scores, which caption each continues, and
-    by which word, (P, (M + 1) * width) each.
+    Returns the scores (P, K) of the captions if they end here and, of the `width` best
+    continuations for each number of missing words, the scores, the captions that they continue and
+    the words that they add, (P, (M + 1) * width) each.
     """
     ending = logits[..., END] + offset  # (P, K)
     logits[..., END] = -torch.inf
     wanted = logits[..., must]  # (P, K, M)
     logits[..., must] = -torch.inf  # or they could be among the best a second time
-    # The best of each caption hold the best of all: far less to sort than K * V.
+    # The best of each caption include the best of all: far less to sort than K * V.
     best, words = logits.topk(min(width, logits.shape[-1]))  # (P, K, W)
     left = missing.sum(-1, keepdim=True)  # (P, K, 1)
     left = torch.cat([left.expand_as(best), left - missing.long()], -1)  # (P, K, W + M)
@@ -2693,7 +2696,7 @@ def _extend(
 
 
 def _forbid_repeats(logits: Tensor, ids: Tensor, n: int) -> None:
-    """Rule out words that repeat n words of a caption, or one of its last two ("a hat and hat").
+    """Rule out words that repeat an n-gram of a caption, or one of its last two ("a hat and hat").
 
     logits  (P, K, V)  changed in place
     ids     (P, K, T)  the words so far
@@ -2721,13 +2724,13 @@ def _hypothesis(ids: list[int], score: float) -> Hypothesis:
 def sample_captions(
     captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
 ) -> list[list[Hypothesis]]:
-    """Draw N = `decoding.captions` captions a photo (P, R, D) by the captioner's probabilities.
+    """Draw N = `decoding.captions` captions per photo (P, R, D) from the captioner's probabilities.
 
-    Returns what `beam_search` does, as drawn and not sorted; the same seed draws the same captions.
+    Returns what `beam_search` does, but in the order drawn; the same seed draws the same captions.
     """
     decoding = decoding or Decoding(method="sample")
     if decoding.must:
-        raise ValueError("must is for beam search: samples have the words that are drawn")
+        raise ValueError("must needs beam search: what samples contain is left to chance")
     constraints = _Constraints(decoding, vocab, features.device)
     generator = torch.Generator(features.device).manual_seed(decoding.seed)
     state = captioner.start(features)
@@ -2748,7 +2751,7 @@ def sample_captions(
             logits[others, END] = -torch.inf
         probs = _nucleus((logits / decoding.temperature).softmax(-1), decoding.top_p)
         words = torch.multinomial(probs, 1, generator=generator)[:, 0]  # (P * N,)
-        # Scores are without temperature and top_p, and so comparable between settings.
+        # Scores ignore temperature and top_p, so they are comparable between settings.
         log_probs = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]  # (P * N,)
         total += log_probs.where(going, 0.0)
         ids[:, length] = words.where(going, PAD)
@@ -2763,7 +2766,7 @@ def sample_captions(
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Keep of each row (B, V) the likeliest words with probability `top_p` together.
+    """In each row (B, V), keep the likeliest words that together have probability `top_p`.
 
     Nucleus sampling: Holtzman et al., 2020.
     """
@@ -2785,7 +2788,7 @@ def generate(
 ) -> list[list[Hypothesis]]:
     """Generate captions of photos in batches, as `beam_search` or `sample_captions` does.
 
-    features  indexed by an array of rows, gives (B, R, D)
+    features  gives (B, R, D) when indexed by an array of rows
     rows      (N,)  the photos
     progress  show a bar
 
@@ -2793,14 +2796,14 @@ def generate(
     """
     decoding = decoding or Decoding()
     make = sample_captions if decoding.method == "sample" else beam_search
-    # As many partial captions at a time as keep a product busy and stay in the cache.
+    # Enough partial captions at a time for fast matrix products, and few enough for the cache.
     size = max(1, 320 // (1 if decoding.method == "greedy" else decoding.beam_width))
     batches = [np.asarray(rows[i : i + size]) for i in range(0, len(rows), size)]
     bar = _bar(batches, disable=not progress, unit="batch")
     return [one for batch in bar for one in make(captioner, features[batch], decoding, vocab)]
 
 
-_bar = progress  # whose name is that of a parameter of `generate`
+_bar = progress  # `generate` has a parameter of that name
 
 
 @dataclass(frozen=True)
@@ -2909,14 +2912,13 @@ class Storyteller:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise ArtifactError(
-                f"{folder} holds no captioner that fits together: {why}. Train or download it "
-                "again."
+                f"{folder} holds no captioner whose files match: {why}. Train or download it again."
             ) from None
         return storyteller
 
     @staticmethod
     def default_folder() -> Path:
-        """Return the captioner to use: space/model if the repository has one, else what 03 made."""
+        """Return the default captioner: space/model if the repository has one, else 03's."""
         shipped = Path(__file__).resolve().parent / "space" / "model"
         if (shipped / "config.json").is_file():
             return shipped
@@ -2956,7 +2958,7 @@ class Storyteller:
                 " **These are drawings, not photos: this captioner only shows that everything "
                 "works.**"
             )
-        # Both are named so by their makers, whose terms go on to what is learned from them.
+        # Flickr8k and Flickr30k: their terms also apply to what is learned from them.
         if "flickr" in dataset["name"].lower():
             terms = (
                 " Its photos and captions are for research and education only, and so is this "
@@ -2987,9 +2989,9 @@ class Storyteller:
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone that its features come from, loaded when first asked for.
+        """The backbone that its features come from, loaded on first use.
 
-        Raises ArtifactError for another one's weights.
+        Raises ArtifactError if the weights are not those that the captioner was trained with.
         """
         if self._backbone is None:
             own = (self.folder or Path()) / "backbone.safetensors"
@@ -3013,7 +3015,7 @@ class Storyteller:
     def extract(self, images: Sequence | Tensor) -> Tensor:
         """Turn photos, or what `load` made of them (B, 3, S, S), into features (B, R, D).
 
-        Rounded as 01 stores them, so that captions are those of its features.
+        Rounded as 01 stores them, so that stored features give the same captions.
         """
         if not isinstance(images, Tensor):
             images = torch.stack([self.load(image) for image in images])  # (B, 3, S, S)
@@ -3033,10 +3035,9 @@ class Storyteller:
         return captions
 
     def caption_each(self, images: Sequence[Path | str], **options) -> list[Caption | str]:
-        """Caption each photo; where one cannot be captioned, its place holds a sentence why.
+        """Caption each photo; one that cannot be captioned is replaced by a sentence saying why.
 
-        The sentence shows strangers no folder and no detail of an unforeseen error, which goes to
-        stderr.
+        The sentence reveals no folder and no details of an unforeseen error, which go to stderr.
         """
         try:
             return self.caption(images, **options)
@@ -3053,7 +3054,7 @@ class Storyteller:
     ) -> list[Caption]:
         """Caption photos by their features (B, R, D); `options` are the fields of `Decoding`.
 
-        attention  False spares the attention weights, a fifteenth of the work
+        attention  False skips the attention weights, a fifteenth of the work
         """
         features, decoding = features.to(self.device), Decoding(**options)  # (B, R, D)
         found = generate(self.captioner, features, range(len(features)), decoding, self.vocab)
@@ -3076,7 +3077,7 @@ class Storyteller:
         return Caption(*alternatives[0], words[0], alternatives, attention, confidence)
 
     def _novelty(self, vectors) -> np.ndarray:
-        """Return the share of photos' mean features (B, D) in which no training photos vary."""
+        """Return the share of mean features (B, D) outside the training photos' directions."""
         vectors = self.captioner.standardise(torch.as_tensor(vectors, device=self.device))  # (B, D)
         inside = vectors @ self.known.T  # (B, 64)
         return 1 - (inside.square().sum(1) / vectors.square().sum(1).clamp(min=1e-9)).cpu().numpy()
@@ -3100,8 +3101,8 @@ class Storyteller:
         vectors, train  (N, D), (M, D) mean features of these photos, and of the training photos
 
         The mean shares of ten bins of the scores are made monotone. A photo unlike the training
-        photos can have a good score too: confidence falls to nothing from the 98th percentile of
-        novelty to its maximum.
+        photos can have a good score too, so a factor falls from 1 to 0 between the 98th percentile
+        of novelty and its maximum.
         """
         from sklearn.isotonic import IsotonicRegression
 
@@ -3113,7 +3114,7 @@ class Storyteller:
         x, y = ([round(float(values[b].mean()), 4) for b in bins] for values in (scores, shares))
         y = IsotonicRegression(y_min=0, y_max=1).fit_transform(x, y).tolist()
         low, high = np.quantile(self._novelty(vectors), [0.98, 1]).tolist()
-        # Where photos are few or hardly differ, the most novel of them is not unknown.
+        # If photos are few or hardly differ, even the most novel of them is familiar.
         novelty = [low, max(high, low + 0.1)]
         self.config["calibration"] = {"scores": x, "shares": y, "novelty": novelty}
 
@@ -3137,7 +3138,7 @@ class Storyteller:
 def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> Captioner:
     """Build a saved captioner from its files; errors of any kind say what does not fit."""
     if sha256(vocab.words) != config["vocabulary_sha256"]:
-        raise ValueError("vocab.json is that of another captioner")
+        raise ValueError("vocab.json belongs to another captioner")
     sizes = config["sizes"] | {"width": config["width"], "regions": config["regions"]}
     if not all(isinstance(size, int) and 0 < size <= 10_000 for size in sizes.values()):
         raise ValueError(f"its sizes are {sizes}")
@@ -3150,7 +3151,7 @@ def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> 
     _find_backbone(config["backbone"])
     for other in ("backbone_sha256", "preprocessing", "dataset", "training"):
         config[other]
-    # On the meta device, whatever sizes it names take no memory, and no first weights are drawn.
+    # On the meta device, sizes in the config take no memory, and no initial weights are drawn.
     with torch.device("meta"):
         captioner = Captioner(
             config["decoder"], config["width"], len(vocab), tuple(moments), **config["sizes"]
@@ -3165,7 +3166,7 @@ def _build_captioner(config: dict, vocab: Vocab, weights: dict[str, Tensor]) -> 
 def _download_model(repo_id: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ArtifactError(
-            f"{repo_id} is no folder with a captioner (nor an owner/name on the Hub). Run the "
+            f"{repo_id} is neither a captioner's folder nor an owner/name on the Hub. Run the "
             "notebooks up to 03_train_dual_t4 first, or name another one."
         )
     from huggingface_hub import snapshot_download
@@ -3176,7 +3177,7 @@ def _download_model(repo_id: str) -> Path:
         )
     except Exception as error:  # the Hub's client raises many kinds; the user's way out is the same
         raise ArtifactError(
-            f"{repo_id} is no folder here, and the Hub did not give it: {str(error)[:300]}"
+            f"{repo_id} is not a folder, and the Hub does not provide it: {str(error)[:300]}"
         ) from None
 
 
@@ -3199,7 +3200,7 @@ METRICS = (
     "F1",
 )
 Words = list[str]
-TURNS = 10  # at most so many captions of a photo are scored as people's, for speed
+TURNS = 10  # captions of a photo that are scored as people's, at most, for speed
 
 
 def _bleu(statistics: np.ndarray) -> np.ndarray:
@@ -3220,7 +3221,7 @@ def _ngrams(words: Sequence[str]) -> dict[str, int]:
 
 
 def _clips(references: list[Words]) -> dict[str, int]:
-    """Return how often each n-gram may count: as often as the reference that has it most often."""
+    """Return how often each n-gram may count: its largest count in any one reference."""
     most: dict[str, int] = {}
     for words in references:
         for ngram, count in _ngrams(words).items():
@@ -3229,7 +3230,7 @@ def _clips(references: list[Words]) -> dict[str, int]:
 
 
 def _bleu_row(counts: dict, most: dict, references: list[Words]) -> list[float]:
-    """Count what corpus BLEU is made of (10), so that any set of photos can be summed.
+    """Return the counts behind corpus BLEU (10), which can be summed over any set of photos.
 
     Clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length (the
     shorter of two equally close, as COCO and NLTK do). Papineni et al., 2002.
@@ -3246,11 +3247,11 @@ def _bleu_row(counts: dict, most: dict, references: list[Words]) -> list[float]:
 class CiderD:
     """Score captions by CIDEr-D: the tf-idf weighted n-grams shared with a photo's references.
 
-    references    one list of token lists a photo, of any number >= 1
+    references    one list of token lists per photo, of any number >= 1
     document_set  references of the photos in which document frequencies are counted; None: the same
 
-    Built once and asked often (self-critical training), so the n-grams and norms of the references
-    are kept. Equal to what pycocoevalcap calls "CIDEr", 0 to 10. Vedantam et al., 2015.
+    Built once and used often (self-critical training), so it keeps the references' n-grams and
+    norms. Equal to what pycocoevalcap calls "CIDEr", 0 to 10. Vedantam et al., 2015.
     """
 
     def __init__(
@@ -3262,7 +3263,8 @@ class CiderD:
             documents = [[_ngrams(words) for words in group] for group in document_set]
         seen = Counter(itertools.chain.from_iterable(set().union(*group) for group in documents))
         rare = math.log(max(len(documents), 1))
-        # Squared, as norms and dot products need it. What one photo has weighs as what none has.
+        # Squared, as norms and dot products need it. An n-gram of one photo weighs as much as an
+        # unseen one.
         self._rare = rare**2
         self._idf = {ngram: (rare - math.log(n)) ** 2 for ngram, n in seen.items() if n > 1}
         self._references = [
@@ -3282,7 +3284,7 @@ class CiderD:
         return np.array([self._score(words, self._references[i]) for words, i in pairs], float)
 
     def _norms(self, counts: dict[str, int]) -> tuple[float, ...]:
-        """Return the squared length of the vector of 1-grams, of 2-grams, 3-grams and 4-grams."""
+        """Return the squared norms of the vectors of 1-, 2-, 3- and 4-grams."""
         norms = [0.0] * 4
         for ngram, count in counts.items():
             norms[ngram.count(" ")] += count**2 * self._idf.get(ngram, self._rare)
@@ -3307,7 +3309,7 @@ class CiderD:
 
 @cache
 def find_wordnet(language: str = "en"):
-    """Return NLTK's WordNet, downloaded where it is missing, or None after some seconds.
+    """Return NLTK's WordNet, downloaded if missing, or None if that fails or takes too long.
 
     It is English: None for captions in another language.
     """
@@ -3320,7 +3322,7 @@ def find_wordnet(language: str = "en"):
     for download in (False, True):
         if download:
             patience = socket.getdefaulttimeout()
-            # NLTK has no timeout of its own, and the host several addresses to wait for in turn.
+            # NLTK sets no timeout, and the host has several addresses to wait for in turn.
             socket.setdefaulttimeout(3)
             try:
                 with contextlib.suppress(OSError):  # so that it is asked once, not at every score
@@ -3335,7 +3337,7 @@ def find_wordnet(language: str = "en"):
 
 @cache
 def _meteor_lookups(wordnet) -> dict:
-    # NLTK asks for the same stems and synonyms at every pair; kept, they save three quarters.
+    # NLTK looks up the same stems and synonyms for every pair: caching saves three quarters.
     from nltk.stem.porter import PorterStemmer
 
     synsets = wordnet.synsets if wordnet else lambda word: ()
@@ -3348,10 +3350,10 @@ def _meteor_lookups(wordnet) -> dict:
 def _photo_scores(
     hypotheses: list[Words], references: list[list[Words]], language: str
 ) -> np.ndarray:
-    """Score photos one by one (N, 18): what BLEU is made of, then METRICS from METEOR on.
+    """Score photos one by one (N, 18): BLEU's counts, then METRICS from METEOR on.
 
-    METEOR is NLTK's; ROUGE-1, -2 and -L (F1, best reference, no stemming; Lin, 2004) are of
-    rouge-score. Precision, recall and F1 compare multisets of tokens, with the reference of best
+    METEOR is NLTK's; ROUGE-1, -2 and -L (F1, best reference, no stemming; Lin, 2004) are
+    rouge-score's. Precision, recall and F1 compare multisets of tokens, with the reference of best
     F1; that F1 is ROUGE-1 by another name.
     """
     from nltk.translate.meteor_score import meteor_score
@@ -3361,7 +3363,7 @@ def _photo_scores(
         raise ValueError(
             f"{len(hypotheses)} captions for {len(references)} photos, of which "
             f"{sum(map(bool, references))} have references: "
-            "score one caption for each photo that has."
+            "score one caption for each photo that has any."
         )
     lookups = _meteor_lookups(find_wordnet(language))
     scorer = RougeScorer(
@@ -3386,9 +3388,9 @@ def _photo_scores(
 def score_captions(
     hypotheses: list[Words], references: list[list[Words]], seed: int = 13, language: str = "en"
 ) -> dict[str, dict]:
-    """Score one caption a photo by every metric.
+    """Score one caption per photo by every metric.
 
-    hypotheses  (N) token lists, one a photo
+    hypotheses  (N) token lists, one per photo
     references  (N) lists of token lists, of any number >= 1
     language    of the captions: METEOR's synonyms are English
 
@@ -3409,16 +3411,16 @@ def score_rows(
 ) -> dict[str, dict]:
     """Score the rows of the score table, and people: each caption against its photo's others.
 
-    captions    {name of the row: token lists, one a photo}
+    captions    {name of the row: token lists, one per photo}
     references  (N) lists of token lists, of any number >= 1
     best        the row that the others are compared with
     language    of the captions: METEOR's synonyms are English
 
-    Returns {name: what `score_captions` returns}. The metrics of a row other than `best` have
-    "difference" besides, the 95 % interval of how far it is above `best`, from the same resamples.
-    People are named by the others' number, "people (four references)", and averaged over turns;
-    of a photo with more than TURNS captions, so many are scored. There is no such row where no
-    photo has two captions, nor a difference where some photo has only one.
+    Returns {name: what `score_captions` returns}. The metrics of a row other than `best` also have
+    "difference", the 95 % interval of how far it is above `best`, from the same resamples. The row
+    of people is named after the number of others, "people (four references)", and is averaged over
+    turns, at most TURNS for a photo. It is missing if no photo has two captions, and has no
+    difference if some photo has only one.
     """
     turns = [(name, said, references) for name, said in captions.items()] + _people(references)
     scored = defaultdict(list)
@@ -3519,7 +3521,7 @@ def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Wor
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """Return a matplotlib Figure of so many inches and its axes; notebooks show it as a JPEG."""
+    """Return a matplotlib Figure of this size in inches and its axes; notebooks show it as JPEG."""
     from matplotlib.figure import Figure
 
     class Picture(Figure):
@@ -3533,10 +3535,10 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
 
 def caption_sheet(photos: Sequence, texts: Sequence[str], columns: int = 4):
-    """Draw photos with their captions below, `columns` a row.
+    """Draw photos with their captions below, `columns` per row.
 
     photos  paths, PIL images or arrays; what cannot be read becomes a grey tile with the reason
-    texts   what stands below each; long lines are wrapped
+    texts   the text below each; long lines are wrapped
 
     Returns a matplotlib Figure.
     """
@@ -3581,7 +3583,7 @@ def main() -> None:
         worker = getattr(_beside(workers[command]), f"{command}_worker")
         return _work(worker, arguments[0])
     if command != "caption":
-        sys.exit("usage: python storyteller_utils.py caption PHOTO ... (--help says more)")
+        sys.exit("usage: python storyteller_utils.py caption PHOTO ... (see --help)")
     _beside("caption").main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Read captions of any file format, and split the photos: what 02_vocab uses."""
+"""Read captions from files of any format and split the photos, for 02_vocab."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ import numpy as np
 
 import storyteller_utils as st
 
-# How a name may be written, the nearest way first.
+# How names may be compared, the strictest way first.
 _WRITTEN = {
     "as written": str,
-    "but for letter case or Unicode form": lambda name: unicodedata.normalize(
+    "if letter case and Unicode form are ignored": lambda name: unicodedata.normalize(
         "NFC", name
     ).casefold(),
-    "without suffix": lambda name: _without_suffix(unicodedata.normalize("NFC", name).casefold()),
+    "if the suffix is ignored": lambda name: _without_suffix(
+        unicodedata.normalize("NFC", name).casefold()
+    ),
 }
 
 
@@ -96,7 +98,7 @@ def _decode(data: bytes) -> tuple[str, str]:
     broken = len(re.findall("[\udc80-\udcff]", text))
     if broken <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
         return data.decode("utf-8", "replace"), "utf-8"
-    # Lines that are ASCII alone say nothing, and make every encoding likely.
+    # Lines of pure ASCII say nothing about the encoding, and make every one look likely.
     foreign = b"\n".join(line for line in data.splitlines() if not line.isascii())
     encoding = _by_letters(foreign[:20_000])
     stray = 20 * broken < data.count(b"\n")  # a byte here and there
@@ -114,10 +116,10 @@ def _decode(data: bytes) -> tuple[str, str]:
 class _Language:
     """What texts of a language, or of several, look like beyond ASCII.
 
-    encodings  one byte a letter, the most common first
+    encodings  single-byte, the most common first
     letters    in lower case
     common     those that make up most of a text, in a script of its own; empty: Latin
-    weight     of its letters: less than 1 where any language's with fewer letters is likelier
+    weight     of its letters: below 1 if a language with fewer letters is likelier
     """
 
     encodings: tuple[str, ...]
@@ -126,7 +128,7 @@ class _Language:
     weight: float = 1.0
 
     def rate(self, before: str, sign: str, after: str) -> float:
-        """Rate a sign between two others: 1 as it should be, -2 where no text has it."""
+        """Rate a character between two others: 1 where it is usual, -2 where no text has it."""
         good = 0.4 if self.common else self.weight
         if sign in _SIGNS:
             inside = before.isalpha() and after.isalpha()
@@ -151,7 +153,7 @@ _SIGNS = (
 _WESTERN = ("cp1252", "mac_roman")
 _CENTRAL = ("cp1250", "iso8859_2")
 
-# Of two that fit as well, the first is taken.
+# If two fit equally well, the first is chosen.
 _LANGUAGES = [
     _Language(_WESTERN, "àâæçéèêëîïôœùûü"),  # French
     _Language(_WESTERN, "äöüß"),  # German
@@ -183,9 +185,9 @@ _LANGUAGES = [
 
 
 def _by_letters(data: bytes) -> str | None:
-    """Return the encoding in which a text has the letters of a language, None if in none.
+    """Return the encoding in which a text has the letters of a language, or None.
 
-    Short captions say too little for statistics of letters; which ones there are says more.
+    Short captions are too little for letter frequencies; which letters occur says more.
     """
     best, rating = None, 0.5
     read: dict[str, Counter] = {}
@@ -202,7 +204,7 @@ def _by_letters(data: bytes) -> str | None:
     return best
 
 
-# Where letters do not tell: other scripts, and several bytes a letter.
+# For what letters cannot tell: other scripts and multi-byte encodings.
 _ENCODINGS = [
     *("cp1252", "cp1250", "cp1254", "cp1251", "koi8_r", "cp866", "mac_cyrillic", "cp1253"),
     *("cp1255", "cp1256", "tis_620", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"),
@@ -219,7 +221,7 @@ class _Table:
     separator: str = ""
 
     def values(self) -> list[list]:
-        """Return the rows' cells; those of text as they are without their quotes."""
+        """Return the rows' cells, those of text files without their quotes."""
         return [[v for _, v in cells] if self.separator else cells for _, cells in self.rows]
 
 
@@ -262,7 +264,7 @@ def _records(value) -> list:
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
         return images or annotations or next(iter(lists.values()), [])
-    if len(lists) > 1 and all(map(_SPLIT_FILE.search, lists)):  # below the name of their split
+    if len(lists) > 1 and all(map(_SPLIT_FILE.search, lists)):  # under the names of their splits
         of_splits = [(split, record) for split, records in lists.items() for record in records]
         return [
             record | {"split": split} for split, record in of_splits if isinstance(record, dict)
@@ -303,7 +305,7 @@ def _texts(value) -> list[str]:
 
 
 def _written_list(text: str) -> list[str] | None:
-    """Read a list of captions in a cell of text: as JSON, as Python or as NumPy writes it."""
+    """Parse a list of captions in a cell of text, as JSON, Python or NumPy writes it."""
     if not re.fullmatch(r"""\s*\[\s*["'].*["']\s*\]\s*""", text, re.DOTALL):
         return None
     found = None
@@ -341,7 +343,7 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
     lines = re.split(r"\r\n|\r|\n", text)
-    for i, line in enumerate(lines):  # remarks, and what Excel tells itself of the separator
+    for i, line in enumerate(lines):  # comments, and Excel's line that names the separator
         if not re.match(r"\s*(#|sep=.$|$)", line):
             break
         lines[i] = ""
@@ -429,7 +431,7 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
         del table.rows[0]
     if not rows:
         return None
-    # Captions with commas, but without quotes around them, make some rows longer.
+    # Unquoted captions with commas make some rows longer.
     width = len(header) or max(2, sorted(map(len, rows))[len(rows) // 20])
     sample = [row for row in rows if len(row) == width] or [row for row in rows if len(row) > width]
     sample = sample[:: 1 + len(sample) // 300]
@@ -471,7 +473,7 @@ def _shape(cells: list, columns: _Columns, separator: str) -> list:
         return cells
     values = [value for _, value in cells]
     extra, at = len(cells) - columns.width, columns.caption
-    if extra > 0:  # a caption with commas, but without quotes around it
+    if extra > 0:  # an unquoted caption with commas
         whole = separator.join(raw for raw, _ in cells[at : at + extra + 1])
         return [*values[:at], whole, *values[at + extra + 1 :]]
     # Flickr30k has a row without its second separator: "x.jpg| 4   A dog runs ."
@@ -490,7 +492,7 @@ _DOUBTFUL = re.compile(
 
 
 def _plain(text: str) -> str:
-    """Remove web pages' marks ("&amp;") and Flickr30k Entities' ("[/EN#1/people Two men]")."""
+    """Decode HTML entities ("&amp;"), drop Flickr30k Entities' tags ("[/EN#1/people Two men]")."""
     text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     return re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text)
 
@@ -500,13 +502,13 @@ class Captions:
     """Captions as written, and every line or name that could not be used.
 
     rows             (photo name, caption)
-    unread           (line number, what it lacks) of lines that are no caption
+    unread           (line number, what it lacks) of lines without a usable caption
     without_photo    names that no photo has, with their number of captions
     without_caption  photos that no caption names
     doubtful         (line number, caption) of captions with signs of a wrong encoding
     files            the caption files, below the dataset's folder -> sha256
-    notes            how it was read
-    written          how photos were named -> number of captions
+    notes            how the files were read
+    written          how names matched photos -> number of captions
     """
 
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -543,14 +545,14 @@ class Captions:
     def describe(self, photos: int) -> str:
         """Describe how the captions of a dataset of `photos` photos were read, with three examples.
 
-        Raises ArtifactError where most of them have no photo, or most of the photos no caption.
+        Raises ArtifactError if most of them have no photo, or most of the photos no caption.
         """
         lines = [*self.notes, *(f"  {name}: {text}" for name, text in self.rows[:3])]
         named = len({name for name, _ in self.rows})
         lines.append(f"{len(self.rows)} captions of {named} photos")
         for way, count in self.written.items():
             if way != "as written":
-                lines.append(f"{count} captions name their photo only {way}")
+                lines.append(f"{count} captions match a photo only {way}")
         lost = self.without_photo.total()
         counts = [
             ("lines that are no caption", len(self.unread), self.unread, 0),
@@ -562,8 +564,8 @@ class Captions:
             line = f"{what}: {count} {examples[:3] if count else ''}".rstrip()
             if 2 * count > of > 0:
                 raise st.ArtifactError(
-                    f"More than half are {line}, of {of} in {self.source()}. Is it the "
-                    "caption file of these photos? Set dataset_dir or captions, or remove others."
+                    f"More than half are {line}, of {of} in {self.source()}. Is this "
+                    "the photos' caption file? Set dataset_dir or captions, or remove the others."
                 )
             bold = 100 * count > of > 0
             lines.append(f"\033[1mWarning: {line} of {of}\033[0m" if bold else line)
@@ -571,13 +573,13 @@ class Captions:
 
 
 def read_captions(dataset: st.Dataset, captions: str = "", caption_column: str = "") -> Captions:
-    """Read every caption of a dataset, whatever the form of its file (notebooks/README.md).
+    """Read every caption of a dataset, whatever the format of its file (notebooks/README.md).
 
     captions        the file, below the dataset's folder; a pattern such as "captions_*.json" reads
                     several; empty: the only one that holds captions
-    caption_column  which to read where a table has several; empty: the first
+    caption_column  which to read if a table has several; empty: the first
 
-    Raises ArtifactError when there is none, when there are several, or none names a photo.
+    Raises ArtifactError if there is no such file, if there are several, or if none names a photo.
     """
     names = _Names(dataset.photos)
     of_photos = _files_of_photos(dataset, names)
@@ -666,12 +668,12 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     return read
 
 
-# Of several files of a photo, the last one counts.
+# If a photo has several files, the last of these formats is read.
 _OF_A_PHOTO = [".json", ".txt", ".caption"]
 
 
 def _files_of_photos(dataset: st.Dataset, names: _Names) -> dict[Path, str]:
-    """Find the files that are named as a photo: beside it, or most photos' in another folder."""
+    """Find files named after a photo: beside it, or elsewhere if half of the photos have one."""
     photo_of = {path.with_suffix(""): name for name, path in dataset.photos.items()}
     files, elsewhere = {}, {}
     for path in dataset.tables:
@@ -686,9 +688,9 @@ def _files_of_photos(dataset: st.Dataset, names: _Names) -> dict[Path, str]:
 
 
 def _read_files_of_photos(files: dict[Path, str], names: _Names) -> Captions:
-    """Read a file a photo: text, a caption a line, or JSON that holds captions.
+    """Read one file per photo: text with one caption per line, or JSON that holds captions.
 
-    If no line of any is a sentence, they hold something else, as a detector's boxes.
+    If no line of any is a sentence, they hold something else, such as a detector's boxes.
     """
     paths = sorted(files, key=lambda path: (_OF_A_PHOTO.index(path.suffix.lower()), path))
     chosen = {files[path]: path for path in paths}
@@ -703,7 +705,7 @@ def _read_files_of_photos(files: dict[Path, str], names: _Names) -> Captions:
         read.add(0, names, "", photo, [" ".join(line.split()) for line in lines])
     if not any(_is_sentence(caption) for _, caption in read.rows):
         return Captions()
-    read.notes.append(f"{len(chosen)} files named as their photos: text, a caption a line, or JSON")
+    read.notes.append(f"{len(chosen)} files named after photos: one caption per line, or JSON")
     return read
 
 
@@ -732,11 +734,11 @@ def split_photos(
     splits  empty: 80/10/10 at random by `seed`; else a folder with lists of the photos (train, val
             and maybe test in their names: text, CSV, COCO's JSON), or a file with a column `split`
             (a table, Karpathy's JSON). A photo is listed by its path, its file name or that without
-            its suffix; others are in none
-    copies  photo -> its first copy (`find_copies`): copies go together, to test rather than to val
-            rather than to train
+            its suffix; unlisted photos are in no split
+    copies  photo -> its first copy (`find_copies`): copies stay together, in test rather than val,
+            and in val rather than train
 
-    A photo's captions all go where it goes: a split by caption would leak test photos into
+    All captions of a photo are in its split: splitting by caption would leak test photos into
     training. Returns photo name -> split, in the order of `names`. Raises ArtifactError for lists
     that overlap or do not fit.
     """
@@ -781,9 +783,9 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
             raise st.ArtifactError(f"{path} puts {photo} into both {split_of[photo]} and {split}.")
     if not listed["train"] or not listed["val"]:
         raise st.ArtifactError(
-            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
-            "*Images.txt lists, or to be a table or Karpathy's JSON file that says of each photo "
-            "whether its split is train, val or test."
+            f"splits {path} must be a folder with train.txt and val.txt (test.txt is optional) or "
+            "the Flickr_8k.*Images.txt lists, or a table or Karpathy's JSON that gives the "
+            "split of each photo as train, val or test."
         )
     split_of.pop("", None)
     for split in ("train", "val"):

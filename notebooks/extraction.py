@@ -1,4 +1,4 @@
-"""Extract features of photos in one process for each GPU: what 01_extract_features uses."""
+"""Extract features of photos in one process for each GPU, for 01_extract_features."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ import storyteller_utils as st
 class _FeatureFiles:
     """The features of all photos, written in place, row by row, by any number of processes.
 
-    out    the stage's folder; until `close`, the files lie in its hidden folder .partial
+    out    the stage's folder; until `close`, the files are in its hidden folder .partial
     views  their names without suffix
     shape  (N, R, D)
-    key    hash of all that a row depends on; files of another key are written anew
+    key    hash of everything that a row depends on; files with another key are replaced
 
-    A batch is done once the journal has its line, which follows its rows: a killed process loses
-    the batch it was working on. `Run.finish` removes .partial.
+    A batch is done once its line is in the journal, which is written after its rows: a killed
+    process loses only the batch it was working on. `Run.finish` removes .partial.
     """
 
     HEADER = 128  # bytes: numpy pads its header to a multiple of 64, and this one takes 80 to 110
@@ -44,11 +44,11 @@ class _FeatureFiles:
         return self.journal.with_name(f"{view}.npy")
 
     def begin(self) -> None:
-        """Keep the files of an earlier run with the same key, or make new ones. In one process."""
+        """Keep an earlier run's files if the key is the same, or make new ones. In one process."""
         lines = _read_lines(self.journal)
         size = self.HEADER + self.shape[0] * self.row_bytes
         paths = [self.path(view) for view in self.views]
-        if self.facts():  # they were whole, and have moved
+        if self.facts():  # they were complete, and have been moved
             paths = [self.out / path.name for path in paths]
             size -= self.facts()["skipped"] * self.row_bytes
         whole = all(path.is_file() and path.stat().st_size == size for path in paths)
@@ -63,7 +63,7 @@ class _FeatureFiles:
             self._append({"key": self.key})
 
     def facts(self) -> dict:
-        """Return the facts that `close` was given; {} before."""
+        """Return the facts that were given to `close`; {} before."""
         lines = _read_lines(self.journal)
         return lines[-1].get("facts", {}) if lines else {}
 
@@ -93,7 +93,7 @@ class _FeatureFiles:
         if len(bad) > max(1, len(names) / 100) or len(bad) == len(names):
             raise st.ArtifactError(
                 f"{len(bad)} of {len(names)} photos cannot be read, more than 1 %. The first is "
-                f"{names[bad[0]]}: {notes[bad[0]][2]}. Mend or remove those listed in "
+                f"{names[bad[0]]}: {notes[bad[0]][2]}. Repair or remove those listed in "
                 f"{self.out / 'skipped.csv'}."
             )
         order = self._close_up(bad)
@@ -111,9 +111,9 @@ class _FeatureFiles:
         self._append({"facts": facts | {"photos": len(order), "skipped": len(bad)}})
 
     def _close_up(self, bad: Sequence[int]) -> list[int]:
-        """Move the last readable photos' rows into the gaps. Returns, for each row, its photo.
+        """Move the last readable photos' rows into the gaps. Returns the photo of each row.
 
-        At most one in a hundred moves, and moving them once more does no harm.
+        At most one in a hundred is moved, and moving them again does no harm.
         """
         count = self.shape[0] - len(bad)
         gaps = [row for row in bad if row < count]
@@ -126,8 +126,8 @@ class _FeatureFiles:
         return order.tolist()
 
     def _append(self, line: dict) -> None:
-        # One write, which the system appends whole whatever other processes write. The break comes
-        # first, in case the line before was cut off when its process was killed.
+        # A single write, which the system appends as a whole whatever other processes write. The
+        # line break comes first, in case the previous line was cut off by a kill.
         with open(self.journal, "ab", buffering=0) as file:
             file.write(b"\n" + json.dumps(line).encode())
 
@@ -164,9 +164,9 @@ def _read_batch(
 def read_photos(
     batches: Iterable[Sequence[Path]], how: str = "squash", side: int = st.PHOTO_SIZE
 ) -> Iterator[tuple[Tensor, list[tuple[int, str, str]]]]:
-    """Decode batches of photos, in order, by threads that are a few batches ahead.
+    """Decode batches of photos in order, in threads that run a few batches ahead.
 
-    Yields of each batch the photos (B, 3, side, side), uint8, black where unreadable, and for each
+    Yields for each batch the photos (B, 3, side, side), uint8, black if unreadable, and for each
     photo its number of bytes, their sha256, and what is wrong with it.
     """
     workers = max(2, min(8, os.cpu_count() or 2))
@@ -204,9 +204,9 @@ def extract_worker(job: dict) -> None:
         files.begin()
     if world > 1:
         torch.distributed.barrier()
-    if files.facts():  # of a run that ended between this and its manifest
+    if files.facts():  # from a run that ended before it wrote its manifest
         return
-    # A batch with an unreadable photo is read again: a network drive may have been away.
+    # A batch with an unreadable photo is read again: a network drive may have been unavailable.
     done = {row for row, notes in files.done().items() if not any(note[2] for note in notes)}
     size = settings.batch_size
     todo = [row for row in range(rank * size, len(names), world * size) if row not in done]
@@ -238,7 +238,7 @@ def extract_worker(job: dict) -> None:
 
 
 def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Return each file's size and time, by which a photo that was replaced is noticed."""
+    """Return each file's size and time, which reveal a photo that was replaced."""
     stats = [path.stat() if path.exists() else path.lstat() for path in paths]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
@@ -249,19 +249,19 @@ def _shape_of_a_photo(backbone: st.Backbone, settings: st.ExtractSettings) -> tu
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     try:
         return tuple(backbone(blank, settings.regions).shape[1:])
-    except Exception as error:  # each family has its own
+    except Exception as error:  # each family raises its own
         raise ValueError(
             f"photo_size is {side}, which {backbone.name} does not take: {str(error)[:200]}"
         ) from None
 
 
 def extract(run: st.Run) -> dict:
-    """Extract the features of a run's photos, on all GPUs or on the CPU, from where a run stopped.
+    """Extract the features of a run's photos, on all GPUs or the CPU, resuming a stopped run.
 
     Returns the facts for `run.finish`. `run.out` holds features.npy, images.csv, which names each
     row's photo, and skipped.csv; with flips=True also features_flip.npy, of the mirrored photos.
     """
-    # Until this is done, what an earlier run left is still there.
+    # Until this is done, an earlier run's files are still there.
     st.set_status(run.out, stopped={"reason": "it was stopped"})
     run.launch("extract")
     st.set_status(run.out, stopped={})

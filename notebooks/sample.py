@@ -1,4 +1,4 @@
-"""The drawn sample: small scenes with five captions each, used where there are no photos.
+"""The drawn sample: small scenes with five captions each, used if no dataset is given.
 
     python notebooks/sample.py FOLDER [--photos 800] [--seed 13]
 
@@ -35,7 +35,7 @@ class Subject(NamedTuple):
 
 
 class Strokes(NamedTuple):
-    """The short lines that give the ground its structure, in parts of the picture's size."""
+    """The short lines that give the ground its texture, as fractions of the picture's size."""
 
     dx: float
     dy: float
@@ -402,7 +402,7 @@ DARKER = [255 - value // 3 for value in range(256)]
 def choose_scene(rng: random.Random) -> tuple[Scene, list[str]]:
     """Choose what is drawn, and write five captions of it."""
     subject = rng.choice(SUBJECTS)
-    # The noun is drawn although it is settled: each photo of a seed stays the same to the byte.
+    # A choice of one keeps the sequence of random numbers, and so every photo of a seed, the same.
     noun = rng.choice((subject.noun,))
     colour = rng.choice(subject.colours)
     place = PLACES[rng.choice(subject.places)]
@@ -536,7 +536,7 @@ def draw_dataset(
     size     (w, h)  of a photo, in pixels
     quality  int     of its JPEG file
 
-    Returns the folder, which appears when all is drawn. Raises FileExistsError where it exists.
+    Returns the folder, which appears once all is drawn. Raises FileExistsError if it exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -560,7 +560,7 @@ def draw_dataset(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the sample dataset.")
-    parser.add_argument("folder", type=Path, help="is made; must not exist")
+    parser.add_argument("folder", type=Path, help="folder to make; must not exist")
     parser.add_argument("--photos", type=int, default=800, help="how many (default: 800)")
     parser.add_argument("--seed", type=int, default=13, help="of the drawings (default: 13)")
     given = parser.parse_args()

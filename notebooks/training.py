@@ -1,4 +1,4 @@
-"""Train a captioner in one process for each GPU: what 03_train_dual_t4 uses."""
+"""Train a captioner in one process for each GPU, for 03_train_dual_t4."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import storyteller_utils as st
 
-SAMPLES = 5  # captions of a photo that self-critical training draws
+SAMPLES = 5  # captions that self-critical training draws per photo
 SELF_CRITICAL_RATE = 4e-5  # its learning rate
 SELF_CRITICAL_EMA_DECAY = 0.98  # its epochs are short
-CHECKPOINT_SECONDS = 300  # a killed run loses at most so much
+CHECKPOINT_SECONDS = 300  # a killed run loses at most this much
 KAGGLE_HOURS = 11  # of the 12 that a session lasts there
 
 
@@ -37,9 +37,9 @@ def _gather(value) -> list:
 
 
 class Progress:
-    """The contents of last.pt: all that the next step of a run depends on.
+    """The contents of last.pt: everything that the next step of a run depends on.
 
-    began     when the run began (status.json): tells runs apart
+    began     tells runs apart (`set_status`)
     key       hash of its settings and data
     epoch     number of finished epochs
     step      finished batches of the next epoch
@@ -49,12 +49,12 @@ class Progress:
     history   a dict for each epoch
     examples  [epoch, photo, caption] of a few validation photos
     best      score, epoch and weights of the best epoch
-    ema       the captioner with averaged weights, which generates; without averaging, the model
+    ema       the captioner with averaged weights, for generation; without averaging, the model
     moments   mean and deviation (D,) by which the captioner standardises features
     """
 
     PARTS = ("model", "ema", "optimizer", "scaler")
-    OWN = ("began", "key", "moments")  # facts about this run, whatever it goes on from
+    OWN = ("began", "key", "moments")  # facts about this run, whatever it resumes from
 
     def __init__(self, model: st.Captioner, recipe: dict, half: bool, began: float, key: str):
         self.began = began
@@ -72,7 +72,7 @@ class Progress:
         parameters, decay = model.parameters(), recipe["weight_decay"]
         # Fused: a single kernel updates all parameters.
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True)
-        # In float16 small gradients would become 0: the loss is scaled up, and they down again.
+        # In float16 small gradients would underflow: the loss is scaled up, and they down again.
         self.scaler = torch.amp.GradScaler(model.mean.device.type, enabled=half)
         self.begin_epoch()
 
@@ -96,7 +96,7 @@ class Progress:
             torch.save(state, file)
 
     def load(self, state: dict, rank: int) -> None:
-        """Restore what `save` wrote, but for what is this run's own."""
+        """Restore what `save` wrote, except what is this run's own."""
         for name, value in state.items():
             if name in self.OWN:
                 continue
@@ -106,7 +106,7 @@ class Progress:
                 # DataParallel puts "module." before every name.
                 value = {key.removeprefix("module."): part for key, part in value.items()}
                 getattr(self, name).load_state_dict(value)
-        if rank:  # what all processes had summed up is the first one's now
+        if rank:  # the sums over all processes now belong to the first one
             self.sums |= {"likelihood": 0.0, "reward": 0.0, "captions": 0.0}
 
 
@@ -149,7 +149,7 @@ class Likelihood:
 
     def ema_decay(self, updates: int) -> float:
         """Return the share of the averaged weights that a step keeps."""
-        # Young averages forget faster, or the random beginning would stay in them for an epoch.
+        # Early averages forget faster, or the random initial weights would last for an epoch.
         return min(self.trainer.recipe["ema_decay"], (1 + updates) / (10 + updates))
 
     def draw(self, batch: np.ndarray, mine: np.ndarray, share: float) -> Examples:
@@ -189,7 +189,7 @@ class SelfCritical:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return an epoch's batches: a third of all photos, with twice the usual captions each."""
-        # It over-fits soon: validation has to come more often than after all photos.
+        # It overfits quickly, so validation has to come more often than after all photos.
         order = np.random.default_rng((self.trainer.settings.seed, epoch))
         order = order.permutation(len(self.references))[: math.ceil(len(self.references) / 3)]
         size = 2 * self.trainer.recipe["batch_size"]
@@ -233,11 +233,11 @@ class SelfCritical:
         Returns the ids of B*S captions, those of a photo next to each other.
         """
         trainer = self.trainer
-        # An empty caption may be drawn too: it earns nothing, and the captioner learns so.
+        # An empty caption may be drawn too: the captioner learns that it earns nothing.
         decoding = st.Decoding(
             "sample", captions=SAMPLES, min_length=0, seed=int(torch.randint(2**31, ()))
         )
-        trainer.captioner.eval()  # samples are of the network that generates, without dropout
+        trainer.captioner.eval()  # without dropout, as when it generates captions
         with trainer.autocast():
             drawn = st.sample_captions(trainer.captioner, features, decoding)
         trainer.captioner.train()
@@ -248,7 +248,7 @@ class Trainer:
     """Train a captioner, as one of any number of equal processes; only rank 0 writes files.
 
     A step is a pure function of weights, seed and its number, which seeds dropout: a run resumed
-    from last.pt repeats what an undisturbed one does, bit for bit on a CPU.
+    from last.pt does what an uninterrupted one does, bit for bit on a CPU.
     """
 
     def __init__(self, job: dict):
@@ -263,7 +263,7 @@ class Trainer:
         self.precision, reason = st.choose_precision(self.device, self.settings.precision)
         usual = (torch.float32, st.choose_precision(self.device)[0])
         if self.device.type == "cpu" and self.precision not in usual:
-            # oneDNN has an LSTM in half precision only where the processor has that in hardware.
+            # oneDNN has a half-precision LSTM only for processors that support it in hardware.
             torch.backends.mkldnn.set_flags(False)
         self._say(f"{self.world} x {self.device.type}, {reason}")
         self._read_data()
@@ -274,7 +274,7 @@ class Trainer:
             hours = KAGGLE_HOURS if st.kaggle_input() else math.inf
         self.deadline = time.monotonic() + 3600 * hours
         self.saved = time.monotonic()
-        self.stop = ""  # a reason to stop after the present step
+        self.stop = ""  # a reason to stop after the current step
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
@@ -310,18 +310,18 @@ class Trainer:
         references = data.references["val"]
         self.cider = st.CiderD(references)
         self.select_by = self.settings.select_by
-        # n-grams that every photo's captions have weigh nothing: with one photo, all of them.
+        # n-grams that all photos' captions have weigh nothing: with one photo, that is all of them.
         if not self.cider.score([group[0] for group in references]).any():
             self.select_by = "loss"
             self.recipe["self_critical"] = 0
             self._say(
-                f"CIDEr-D is 0 for whatever is said of these {len(references)} validation photos: "
+                f"CIDEr-D is 0 for any captions of these {len(references)} validation photos: "
                 "the validation loss chooses the epoch, and there are no self-critical ones."
             )
 
     def _build(self, job: dict) -> None:
         """Build the captioner, its optimizer and its distributed wrapper."""
-        # Another GPU's precision, or less memory a step, does not make it another run.
+        # Another GPU's precision, or less memory per step, does not make it another run.
         others = st.LOCATIONS | {"accumulate"}
         decided = {name: value for name, value in job["settings"].items() if name not in others}
         key = st.sha256([self.recipe, decided, job["editions"]])
@@ -345,8 +345,8 @@ class Trainer:
     def _moments(self, key: str) -> tuple[Tensor, Tensor]:
         """Return the features' mean and deviation (D,), the same in all processes.
 
-        Rank 0 alone finds them, in a checkpoint of the run `key` or in the features, whose reading
-        takes up to a minute on large grids. What is wrong with them ends every process alike.
+        Only rank 0 finds them, in a checkpoint of the run `key` or from the features, which takes
+        up to a minute for large grids. An error is raised in every process.
         """
         found: list = [None]
         if self.rank == 0:
@@ -361,9 +361,9 @@ class Trainer:
         return found[0]
 
     def _kept_moments(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """Return what the first checkpoint of the run `key` says, if there is one that does."""
+        """Return the moments in the first checkpoint of the run `key` that has them, or None."""
         for path, _ in self.checkpoints():
-            # It may be broken, which `load` will say, or of a time before they were kept.
+            # It may be broken, which `load` will report, or older than the moments in checkpoints.
             with contextlib.suppress(Exception):
                 # Mapped: little of the file is read.
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -390,10 +390,10 @@ class Trainer:
         return torch.autocast(self.device.type, self.precision, enabled=half)
 
     def photos(self, rows: np.ndarray, sided: Tensor) -> Tensor:
-        """Return features of training photos (B, R, D), half of them of the mirrored photo.
+        """Return features of training photos (B, R, D), a random half of them mirrored.
 
         rows   (B,)  of the features
-        sided  (B,)  whether the captions name a side: then the photo is not mirrored
+        sided  (B,)  whether the captions name a side, in which case the photo is not mirrored
         """
         features = self.features[rows]  # (B, R, D)
         if self.flipped:
@@ -405,7 +405,7 @@ class Trainer:
 
     @property
     def objective(self) -> Likelihood | SelfCritical:
-        """The objective of the present phase."""
+        """The objective of the current phase."""
         return self.objectives[self.progress.phase]
 
     def train_step(self, batch: np.ndarray, number: int) -> None:
@@ -420,7 +420,7 @@ class Trainer:
         mine, share = batch[self.rank :: self.world], 1.0
         if not len(mine):  # DistributedDataParallel waits for every process, this one too
             mine, share = batch[:1], 0.0
-        # Each process has another dropout, and has it again when the step is repeated.
+        # Dropout differs between processes, but not when a step is repeated.
         torch.manual_seed((self.settings.seed * 1_000_003 + number) * 64 + self.rank)
         # (B, R, D), (B, T), (B,) or None; the loss is a mean over the tokens of all processes.
         features, words, weights, tokens = objective.draw(batch, mine, share)
@@ -435,9 +435,9 @@ class Trainer:
                         objective.label_smoothing,
                         None if weights is None else weights[part],
                     )
-                # It averages the gradients of the processes: times their number, the sum is back.
+                # DistributedDataParallel averages the processes' gradients: this makes it a sum.
                 self.progress.scaler.scale(loss * (share * self.world / tokens)).backward()
-            # A tensor: a number would have to wait for the GPU.
+            # Kept as a tensor: a number would have to wait for the GPU.
             sums["likelihood"] += likelihood.double() * share
         sums["tokens"] += tokens
         self._update()
@@ -451,8 +451,8 @@ class Trainer:
         scale = scaler.get_scale()
         scaler.step(progress.optimizer)
         scaler.update()
-        progress.optimizer.zero_grad(set_to_none=True)  # frees them, where zeros would be added to
-        # Where float16 overflowed the scaler skipped the step: schedule and averages wait too.
+        progress.optimizer.zero_grad(set_to_none=True)  # frees the gradients
+        # If float16 overflowed, the scaler skipped the step: schedule and averages wait too.
         if scaler.get_scale() < scale:
             return
         if progress.ema is not self.captioner:  # the recipe averages weights
@@ -465,7 +465,7 @@ class Trainer:
     # One epoch
 
     def train_epoch(self) -> bool:
-        """Train the rest of the present epoch, with a checkpoint every few minutes.
+        """Train the rest of the current epoch, with a checkpoint every few minutes.
 
         Returns False if it stopped before the end of the epoch. Raises ArtifactError when the loss
         is not finite.
@@ -506,7 +506,7 @@ class Trainer:
 
         All processes decide the same, after the same step.
         """
-        # To agree takes a message between processes: not after every step.
+        # Agreeing takes a message between processes, so not after every step.
         if self.world > 1 and self.progress.step % 10:
             return False
         now = time.monotonic()
@@ -516,7 +516,7 @@ class Trainer:
         if stop or due:
             self.save()
         if stop and not self.stop:
-            self.stop = "max_hours is over" if late else "another process was asked to stop"
+            self.stop = "max_hours have passed" if late else "another process was asked to stop"
         return stop
 
     @torch.inference_mode()
@@ -529,13 +529,13 @@ class Trainer:
         for batch in st.progress(batches, desc="validation loss", unit="batch", **quiet):
             features = self.features[captions.rows[batch]]  # (B, R, D)
             with self.autocast():
-                # The likelihood alone: label smoothing would make losses of recipes incomparable.
+                # The likelihood alone: with label smoothing, recipes' losses would not compare.
                 likelihood += model(features, captions.words(batch).to(self.device))[1]
         total = sum(_gather(float(likelihood)))
         # Every process captions every world-th photo.
         mine = self.data.rows["val"][self.rank :: self.world]
         hypotheses = st.generate(model, self.features, mine, progress=self.rank == 0)
-        # Interleaved again: the captions stand in the order of the photos.
+        # Interleaved again, in the order of the photos.
         generated: list = [None] * len(self.data.rows["val"])
         for rank, part in enumerate(_gather([found[0].ids for found in hypotheses])):
             generated[rank :: self.world] = part
@@ -608,8 +608,8 @@ class Trainer:
     def wanted(self) -> bool:
         """Return whether to train another epoch; begin the self-critical phase when it is due.
 
-        A phase ends with its epochs, or when the last `patience` were all worse than the best, the
-        self-critical one also when the captions lose their variety.
+        A phase ends after its epochs, or when the last `patience` of them brought no improvement;
+        the self-critical one also ends when the captions lose their variety.
         """
         at, patience = self.progress, self.recipe["patience"]
         tired = bool(at.history) and at.epoch - at.best["epoch"] >= patience
@@ -748,9 +748,9 @@ class Trainer:
         except Exception as error:  # zipfile, unpickler and load_state_dict each have their own
             raise st.ArtifactError(
                 f"{path} is not a checkpoint of this model and data: {str(error)[:300]}\n"
-                + ("Set resume_from to another one." if asked else "Delete it to begin anew.")
+                + ("Set resume_from to another one." if asked else "Delete it to start again.")
             ) from None
-        self._say(f"going on after {at.epoch} epochs and {at.step} steps")
+        self._say(f"resuming after {at.epoch} epochs and {at.step} steps")
         return True
 
 
@@ -782,16 +782,16 @@ def train_worker(job: dict) -> None:
 
 
 def train(run: st.Run):
-    """Train a run's captioner on what 01 and 02 left, over all GPUs or on the CPU.
+    """Train a run's captioner on the results of 01 and 02, on all GPUs or on the CPU.
 
-    Returns the history as a pandas DataFrame, a row an epoch; `run.out` holds model/, last.pt,
-    history.csv and examples.csv. Where `max_hours` is over before the last epoch, that is what
-    there is so far, and a sentence says how to go on; before the first one, there is only last.pt.
+    Returns the history as a pandas DataFrame, one row per epoch; `run.out` holds model/, last.pt,
+    history.csv and examples.csv. If training stops early, these cover the epochs so far, and a
+    printed sentence says how to resume; before the end of the first one there is only last.pt.
     """
     import pandas as pd
 
     extracted, prepared = (run.reads[stage] for stage in st.STAGES["03_train_dual_t4"])
-    # Verified here, once, and not by each process of its workers.
+    # Verified once here, and not by each worker process.
     for name in ("images.csv", "skipped.csv", "features.npy", "features_flip.npy"):
         if name in extracted:
             extracted / name
@@ -802,7 +802,7 @@ def train(run: st.Run):
         print(
             f"Training stopped after {stopped['epoch']} of {stopped['epochs']} epochs and "
             f"{stopped['step']} steps: {stopped['reason']}. Run this notebook again, with the same "
-            "settings: it goes on there. On Kaggle, first add the output of this version as "
+            "settings: it resumes there. On Kaggle, first add the output of this version as "
             "an input of the notebook."
         )
     path = run.out / "history.csv"
@@ -810,7 +810,7 @@ def train(run: st.Run):
 
 
 def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
-    """Fit a captioner's confidence on the validation photos, and keep it in `run.out`/model.
+    """Fit a captioner's confidence on the validation photos, and save it in `run.out`/model.
 
     Measures which CIDEr-D goes with which score, as a share of what people reach: each photo's
     first caption against its others. Returns the confidence of each validation photo's caption.
@@ -833,9 +833,9 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
 
 
 def loss_curves(history, model: Path):
-    """Draw losses and CIDEr-D over the epochs of `train`'s history, a dot at the epoch it kept.
+    """Draw losses and CIDEr-D over the epochs of `train`'s history, with a dot at the kept one.
 
-    model  its folder, whose config.json says which epoch that is and by what it was chosen
+    model  its folder, whose config.json says which epoch was kept and by what it was chosen
 
     Returns a matplotlib Figure.
     """

@@ -291,7 +291,7 @@ class Ground:
         with self.copy(*st.STAGES[stage]) as folder, ThreadPoolExecutor(2) as pool:
             runs = list(pool.map(lambda _: self.run(folder, stage), range(2)))
             refused = [
-                output for status, output, _ in runs if status and "Another run works in" in output
+                output for status, output, _ in runs if status and "Another run is using" in output
             ]
             well = (
                 len(refused) + sum(status == 0 for status, _, _ in runs) == 2 and len(refused) < 2

@@ -312,7 +312,7 @@ def test_words_that_cannot_be_are_refused():
     for options in ({"never": "zebra"}, {"must": "zebra"}, {"start": "w4 zebra"}):
         with pytest.raises(ValueError, match=r"does not know zebra: .* 9 words"):
             search(chain, 1, vocab, **options)
-    with pytest.raises(ValueError, match="w4: asked for by start or must"):
+    with pytest.raises(ValueError, match="w4: required by start or must"):
         search(chain, 1, vocab, start="w4", never="w4")
     with pytest.raises(ValueError, match="after start"):
         search(chain, 1, number_vocab(9, 20), start="w" + "4".zfill(20), max_chars=20)

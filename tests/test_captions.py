@@ -675,8 +675,8 @@ def test_names_match_by_case_by_unicode_form_and_without_suffix_where_that_is_cl
     assert [name for name, _ in captions.rows] == expected
     assert captions.without_photo == {"a.JPG": 1}
     said = captions.describe(5)
-    assert "2 captions name their photo only but for letter case" in said
-    assert "3 captions name their photo only without suffix" in said
+    assert "2 captions match a photo only if letter case" in said
+    assert "3 captions match a photo only if the suffix is ignored" in said
 
 
 def test_what_does_not_fit_is_a_warning_above_a_hundredth_and_an_error_above_half(tmp_path):

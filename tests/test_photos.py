@@ -1315,7 +1315,7 @@ def test_moments_are_those_of_all_regions_to_seven_digits(grid):
 
 def test_features_that_are_no_numbers_are_an_error(tmp_path):
     np.save(tmp_path / "features.npy", np.full((3, 1, 4), np.nan, np.float16))
-    with pytest.raises(st.ArtifactError, match=r"no numbers.*precision='float32'"):
+    with pytest.raises(st.ArtifactError, match=r"not finite.*precision='float32'"):
         st.Features(tmp_path / "features.npy", True, CPU).moments(np.arange(3))
 
 

@@ -127,7 +127,7 @@ def test_a_caption_begins_with_has_and_lacks_the_words_asked_for(client):
     ("asked", "says"),
     [
         ({"must": "zebra"}, "The captioner does not know zebra"),
-        ({"must": "snow", "never": "snow"}, "snow: asked for by start or must, and forbidden"),
+        ({"must": "snow", "never": "snow"}, "snow: required by start or must, but forbidden"),
         ({"max_chars": 5}, "max_chars=5 leaves no room"),
         ({"max_chars": 1001}, "1000"),
         ({"start": "a " * 51}, "start has 102 characters; it may have 100"),

@@ -46,7 +46,7 @@ def test_a_stage_whose_worker_stopped_gets_no_manifest_until_it_has_gone_on(here
     run.finish()
     run = begin_stage(VOCAB, dataset_dir=data)
     run.finish()
-    assert capsys.readouterr().out.count("is not finished: no later notebook will take it") == 2
+    assert capsys.readouterr().out.count("is not finished, so no later notebook accepts it") == 2
     st.set_status(run.out, stopped={})
     run.finish()
     assert os.listdir(run.out) == ["manifest.json"]
@@ -237,7 +237,7 @@ def test_photos_replaced_in_place_after_01_are_refused_and_copied_ones_are_not(
     other = photos[1].read_bytes()
     photos[0].write_bytes(other[: rows[0][2]].ljust(rows[0][2], b".") if same_size else other)
     os.utime(photos[0], (2**31, 2**31))
-    with pytest.raises(st.ArtifactError, match=rf"1 photos are not those.*{photos[0].name}"):
+    with pytest.raises(st.ArtifactError, match=rf"1 photos have changed.*{photos[0].name}"):
         run.read(FEATURES)
 
 
@@ -640,7 +640,7 @@ def test_the_first_error_is_raised_and_a_killed_worker_is_said(stand_in):
     with pytest.raises(st.ArtifactError, match=r"^first\nits second line$"):
         run.launch("extract")
     run = stand_in("import os\nos.kill(os.getpid(), 9)")
-    with pytest.raises(RuntimeError, match=r"status -9 \(one was killed, often for want of memory"):
+    with pytest.raises(RuntimeError, match=r"status -9 \(one was killed, often for lack of memory"):
         run.launch("extract")
 
 
@@ -682,7 +682,7 @@ def test_a_stage_runs_once_at_a_time(here, data):
         command = [sys.executable, "-c", program]
         return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
 
-    assert f"Another run works in outputs/{VOCAB}" in other()
+    assert f"Another run is using outputs/{VOCAB}" in other()
     begin_stage(VOCAB, dataset_dir=data)  # the same notebook's first cell again
     (run.out / "table.csv").write_text("one\n")
     run.finish()

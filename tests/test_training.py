@@ -243,7 +243,7 @@ def test_a_resumed_run_knows_the_features_mean_and_deviation(monkeypatch, capsys
     assert "measuring the features" in capsys.readouterr().err
     trained(begin(**settings))
     said = capsys.readouterr().err
-    assert len(measured) == 1 and "measuring" not in said and "going on after 1 epochs" in said
+    assert len(measured) == 1 and "measuring" not in said and "resuming after 1 epochs" in said
     again = last(begin(**settings))
     for part in ("model", "optimizer"):
         assert str(again[part]) == str(expected[part])
@@ -291,10 +291,10 @@ def test_only_the_first_process_measures_and_all_end_with_its_error(monkeypatch)
         assert torch.equal(weight, weights(whole)[name])
 
     def fail(values):
-        values[0] = st.ArtifactError("Some features are no numbers.")
+        values[0] = st.ArtifactError("Some features are not finite.")
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", fail)
-    with pytest.raises(st.ArtifactError, match="no numbers"):
+    with pytest.raises(st.ArtifactError, match="not finite"):
         training.Trainer(begin().job())
 
 
@@ -436,7 +436,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice():
 def test_the_worker_of_a_killed_machine_says_so_and_what_to_do(monkeypatch):
     run = begin()
     monkeypatch.setattr(st.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="goes on where it stopped"):
+    with pytest.raises(RuntimeError, match="resumes where it stopped"):
         training.train(run)
 
 
@@ -614,7 +614,7 @@ def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
     expected = undisturbed(epochs=2)
     monkeypatch.setattr(st.Run, "launch", lambda run, _: trained(run))  # in this process
     assert training.train(begin(epochs=2, max_hours=1e-6)).empty
-    said = r"stopped after 0 of 2 epochs and 1 steps: max_hours is over.*goes on there"
+    said = r"stopped after 0 of 2 epochs and 1 steps: max_hours have passed.*resumes there"
     assert re.search(said, capsys.readouterr().out)
     with pytest.raises(st.ArtifactError, match="03_train_dual_t4 stopped before it was finished"):
         begin_stage("04_evaluate", dataset_dir="drawn").read("03_train_dual_t4")
@@ -629,7 +629,7 @@ def test_when_its_time_is_over_a_run_stops_and_no_later_stage_takes_it(
     st.shutil.rmtree(st.OUTPUTS / "03_train_dual_t4")
     monkeypatch.setenv("STORYTELLER_KAGGLE_INPUT", str(tmp_path / "input"))
     trainer = trained(begin(epochs=2))
-    assert "going on after 0 epochs and 1 steps" in capsys.readouterr().err
+    assert "resuming after 0 epochs and 1 steps" in capsys.readouterr().err
     assert without_clock(trainer.progress.history) == without_clock(expected["history"])
     assert_same(last(begin(epochs=2))["model"], expected["model"])
 
@@ -654,8 +654,8 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(tmp_path, ca
         trained(begin(**settings, max_hours=1e-6))
         assert last(begin(**settings))["step"] == steps
     assert trained(begin(**settings)).progress.epoch == 3
-    assert re.findall("going on after .*", capsys.readouterr().err) == [
-        f"going on after 1 epochs and {steps} steps" for steps in (0, 1, 2)
+    assert re.findall("resuming after .*", capsys.readouterr().err) == [
+        f"resuming after 1 epochs and {steps} steps" for steps in (0, 1, 2)
     ]
 
 
@@ -823,7 +823,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_ends_like_one_pro
     os.kill(second(), signal.SIGKILL)
     thread.join(60)
     assert not thread.is_alive() and len(failures) == 1
-    assert "killed" in failures[0] and "goes on where it stopped" in failures[0]
+    assert "killed" in failures[0] and "resumes where it stopped" in failures[0]
     done = len(last(run)["history"])
     assert 1 <= done < 6 and not (run.out / "model").exists()
     again = begin(**settings)
