@@ -3,8 +3,8 @@
     .venv/bin/python kaggle/push.py --owner NAME [--stage 03_train_dual_t4 ...]
         [--param epochs=3 ...] [--wait]
 
-Kaggle takes one file a notebook: a copy brings the module in a hidden cell, 05 also the files of
-space/, and each installs what Kaggle's image lacks.
+Kaggle takes one file per notebook, so each copy contains the module in a hidden cell (05 also the
+files of space/) and installs the packages that Kaggle's image lacks.
 """
 
 import argparse
@@ -46,8 +46,8 @@ NEEDS_LITE = {
 # The Space's photos travel inside the notebook, of which Kaggle takes about 1 MB.
 EXAMPLE_BYTES = 200_000
 TEXTS, PHOTOS = (".py", ".css", ".md", ".txt"), (".jpg", ".png")
-POLL = 20  # seconds between questions about a running notebook, and until a push shows there
-# Seconds before asking again: Kaggle does not publish its rate limits.
+POLL = 20  # seconds between status checks of a running notebook, and until a push shows there
+# Seconds before each retry: Kaggle does not publish its rate limits.
 PAUSES = (15, 60, 120, 300, 600)
 LOGS = ROOT / "outputs" / "kaggle"
 NO_CREDENTIALS = (
@@ -94,7 +94,7 @@ print(f"space/ holds {{len(texts) + len(photos)}} files")
 """
 
 
-# What only one notebook uses lies beside it, and travels in its copy.
+# Code that only one notebook uses, which lies beside it and travels in its copy.
 BESIDE = {
     "01_extract_features": ["extraction.py"],
     "02_vocab": ["caption_files.py"],
@@ -122,7 +122,7 @@ def space_cell(space_dir: Path) -> str:
     texts, photos, size = {}, {}, 0
     for path in sorted(p for p in space_dir.rglob("*") if p.is_file()):
         name = path.relative_to(space_dir).as_posix()
-        # Not what 05 leaves alone: the static page with its runtime, and the caption command.
+        # Without what 05 does not use: the static page with its runtime, and the caption command.
         if re.search(r"(^|/)(model/|browser/|caption|__|\.)", name):
             continue
         if path.suffix in TEXTS:
@@ -169,7 +169,7 @@ def render(stage: str, parameters: dict):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if "injected-parameters" in cell.metadata.get("tags", []):
-            # Papermill's is random; the same input shall give the same copy.
+            # Papermill's is random, but the same input should give the same copy.
             cell.id = "injected"
     return notebook
 
@@ -195,7 +195,7 @@ def defaults(stage: str) -> dict:
 
 
 def parse(text: str):
-    """Return what a text is as a number, True, False or None; else the text, as papermill does."""
+    """Read a text as a number, True, False or None if it is one, as papermill does."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -222,7 +222,7 @@ def share_out(stages: list[str], given: list[str]) -> dict[str, dict]:
         for stage in takers:
             values[stage][name] = text if kinds[stage][name] == "str" else parse(text)
     for stage, chosen in values.items():
-        # What the notebook would refuse there is refused here.
+        # Values that the notebook would refuse on Kaggle are refused here.
         st.SETTINGS[stage](**defaults(stage) | chosen)
     return values
 
@@ -245,9 +245,9 @@ def connect():
 
 
 def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
-    """Call Kaggle, again after a pause where that may help; PushError, after `failed`, where not.
+    """Call Kaggle, and retry after a pause if that may help; PushError, after `failed`, if not.
 
-    again  HTTP statuses to ask again after; 0: the connection broke
+    again  HTTP statuses to retry after; 0: the connection broke
     """
     from requests import RequestException
 
@@ -271,14 +271,14 @@ def ask(call, failed: str, again=(0, 429, 500, 502, 503, 504)):
 
 def push(api, folder: Path, stage: str) -> None:
     """Push one stage's folder, which starts it; PushError for what Kaggle refuses or lacks."""
-    # Not again after a broken connection: it might run twice, on the GPU hours of the week.
+    # No retry after a broken connection: it might run twice, and use up the week's GPU hours.
     answer = ask(lambda: api.kernels_push(str(folder)), f"{stage} was not pushed", again=(429,))
     if answer.error:
         raise PushError(f"{stage} was not pushed: {answer.error}")
     if missing := [*(answer.invalid_dataset_sources or []), *(answer.invalid_kernel_sources or [])]:
         raise PushError(
             f"{stage} was pushed, but Kaggle did not attach {', '.join(missing)}, which it reads. "
-            f"Push {stage} again when that is there, complete, and yours to read."
+            f"Push {stage} again once that exists, is complete and can be read by you."
         )
     print(f"{stage}: version {answer.version_number} pushed, {answer.url}", flush=True)
 
@@ -334,7 +334,7 @@ def push_all(api, folder: Path, owner: str, stages: list[str], wait: bool) -> No
         if not wait and (started := [earlier for earlier in st.STAGES[stage] if earlier in stages]):
             print(
                 f"{stage} will read the last complete run of {', '.join(started)}; "
-                "to use this one takes --wait"
+                "add --wait to use this one"
             )
         push(api, folder / stage, stage)
         if wait:
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         help="given to each stage that has it",
     )
     parser.add_argument(
-        "--dry-run", type=Path, metavar="DIR", help="push nothing, write one folder a stage"
+        "--dry-run", type=Path, metavar="DIR", help="push nothing, write one folder per stage"
     )
     parser.add_argument(
         "--wait", action="store_true", help="wait for each stage before the next is pushed"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "0")  # read when gradio is imported
 try:
-    from spaces import GPU  # there on ZeroGPU, where it must come before torch
+    from spaces import GPU  # exists on ZeroGPU, where it must be imported before torch
 except ImportError:
 
     def GPU(task):
@@ -29,7 +29,7 @@ MODEL = Path(os.environ.get("MODEL") or HERE / "model")
 STORYTELLER = st.Storyteller.from_pretrained(MODEL)
 TRAINED_ON, PREPROCESSING = STORYTELLER.config["dataset"], STORYTELLER.config["preprocessing"]
 MAX_PHOTOS, MAX_WORDS_CHARS, MAX_CHARS = 50, 100, 1000
-# Of the examples, what its photos show; page.js too.
+# Examples of what its training photos show; page.js lists them too.
 LEARNED = {"bicycle.jpg", "dog.jpg", "egret.jpg", "photographer.jpg", "runner.jpg"}
 EXAMPLES = sorted(
     (str(p) for p in (HERE / "examples").iterdir() if p.suffix in (".jpg", ".png")),
@@ -80,7 +80,7 @@ def how_sure(confidence: float | None) -> str:
 
 
 def other_captions(caption: st.Caption | None) -> str:
-    """Return a guess's other captions as Markdown; "" for a caption that is none, or has none."""
+    """Return a guess's other captions as Markdown; "" if it is no guess or has none."""
     if caption is None or caption.confidence is None or caption.confidence >= UNSURE:
         return ""
     others = [f"- {text}" for text, _ in caption.alternatives[1:]]
@@ -99,13 +99,13 @@ def caption(
     never="",
     max_chars=0,
 ):
-    """Caption one photo: its caption, the best ones with their scores, time and confidence."""
+    """Caption one photo. Returns its caption, the best ones with scores, time and confidence."""
     if not photo:
         raise gr.Error("Please choose a photo first.", print_exception=False)
     words = {"start": start or "", "must": must or "", "never": never or ""}
     for name, text in words.items():
         if len(text) > MAX_WORDS_CHARS:
-            long = f"{name} has {len(text)} characters; it may have {MAX_WORDS_CHARS}."
+            long = f"{name} has {len(text)} characters; the limit is {MAX_WORDS_CHARS}."
             raise gr.Error(long, print_exception=False)
     began = time.perf_counter()
     (result,) = STORYTELLER.caption_each(
@@ -135,9 +135,9 @@ def show_details(photo, result):
 
 
 def batch(photos, method, beam_width, progress=gr.Progress()):  # noqa: B008, how gradio has it
-    """Caption up to 50 photos: a table and a CSV file with one row a photo."""
+    """Caption up to 50 photos: a table and a CSV file with one row per photo."""
     if not photos or len(photos) > MAX_PHOTOS:
-        chosen = f"Please choose 1 to {MAX_PHOTOS} photos; these are {len(photos or [])}."
+        chosen = f"Please choose 1 to {MAX_PHOTOS} photos; you chose {len(photos or [])}."
         raise gr.Error(chosen, print_exception=False)
     rows = []
     for results in caption_many(photos, {"method": method, "beam_width": int(beam_width)}):
@@ -171,7 +171,7 @@ def controls():
 
 
 def more_controls():
-    """Return the controls of how a caption begins, its words and its length."""
+    """Return the controls for a caption's beginning, words and length."""
     asked = {
         "It begins with": "two dogs",
         "It has these words": "grass",
@@ -193,7 +193,7 @@ def more_controls():
 
 
 def example_groups() -> list[tuple[str, list[str]]]:
-    """Return the labels of the example photos and those under each."""
+    """Return the labels of the example photos, with the photos under each."""
     learned = [path for path in EXAMPLES if Path(path).name in LEARNED]
     others = [path for path in EXAMPLES if path not in learned]
     return [
@@ -221,9 +221,9 @@ def about():
 
 class Page(gr.Blocks):
     def validate_inputs(self, block_fn, inputs):
-        """Give a call that leaves out its last arguments their defaults: curl's from before "More".
+        """Fill in defaults of the last arguments that a call omits: curl's from before "More".
 
-        Gradio does so for its own client only.
+        Gradio does so only for its own client.
         """
         inputs += [block.value for block in block_fn.inputs[len(inputs) :]]
         super().validate_inputs(block_fn, inputs)
@@ -245,7 +245,7 @@ with Page(
                 label="Photo",
                 height=320,
             )
-            # The file as it was sent: gradio would encode again what it opens.
+            # The file as it was uploaded: gradio would encode it again.
             photo.preprocess = lambda image: image and image.path
             button = gr.Button("Caption this photo", variant="primary")
             with gr.Column(elem_id="examples"):
@@ -309,7 +309,7 @@ with Page(
     ):
         event.then(show_details, [photo, captioned], [others, weights], **HIDDEN)
     many.click(batch, [photos, *decoding], [sheet, saved], api_name="batch")
-    # A screen reader speaks what changes inside a live region that was there before the change.
+    # A screen reader announces changes inside a live region that existed before the change.
     speak = "id => document.getElementById(id).setAttribute('aria-live', 'polite')"
     demo.load(None, js=f"() => ['caption', 'others'].forEach({speak})")
 demo.queue(max_size=20, default_concurrency_limit=1)

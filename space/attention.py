@@ -44,7 +44,7 @@ def seen_photo(image, preprocessing: str, side: int) -> Image.Image:
 
 
 def show_attention(image, caption: st.Caption, preprocessing: str = "squash"):
-    """Draw the photo once a word, bright where the decoder's attention was.
+    """Draw the photo once per word, bright where the decoder's attention was.
 
     image          a path, PIL image or array
     caption        of a decoder with attention; ValueError for others

@@ -1,4 +1,4 @@
-"""Caption photos from the command line: one, a folder of them, or shards of them.
+"""Caption photos from the command line: single ones, folders or shards.
 
     python storyteller_utils.py caption photo.jpg
     python storyteller_utils.py caption photos/ --out captions.jsonl
@@ -6,13 +6,13 @@
     find . -name "*.jpg" -print0 | python storyteller_utils.py caption - --to csv --out captions.csv
     python storyteller_utils.py caption s3://bucket/photos --out s3://bucket/captions --ray auto
 
-Every photo has a row: {"file_name", "text", "score"}, or {"file_name", "error"} where it cannot be
-captioned. file_name is relative to the output's folder where the photo lies in it, so that a
+Every photo gets a row: {"file_name", "text", "score"}, or {"file_name", "error"} if it cannot be
+captioned. file_name is relative to the output's folder if the photo is in it, so that a
 metadata.jsonl beside the photos loads as a Hugging Face image folder. Rows are written as they
-come. The same command again goes on where it stopped: it leaves out what has a caption, and tries
-again what failed. OUT.meta.json remembers which captioner wrote the output, and with which
-options; another one's output is refused, unless --overwrite says that it may go. With --ray, many
-machines do this together: caption_ray.py says how.
+come. To resume an interrupted run, repeat the command: it skips photos that have a caption and
+retries those that failed. OUT.meta.json records the captioner and the options; an output written
+with others is refused, unless --overwrite replaces it. With --ray, many machines share the work
+(caption_ray.py).
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Photo:
     """A photo to caption.
 
     name    its file_name in the output
-    source  its path, its bytes, or what reads these out of a shard
+    source  its path, its bytes, or a function that reads these from a shard
     error   why there is no photo, if there is none
     """
 
@@ -90,7 +90,7 @@ def find_files(inputs: Iterable[str]) -> Iterator[Path]:
 
 
 def numbered_names(given: str) -> list[str]:
-    """Return what "shard-{00..99}.tar" stands for; nothing for a name without such numbers."""
+    """Return the names that "shard-{00..99}.tar" stands for; [] for a name without such a range."""
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", given)
     if not numbers:
         return []
@@ -100,7 +100,7 @@ def numbered_names(given: str) -> list[str]:
 
 
 def is_photo(name: str) -> bool:
-    """Return whether a file is a photo, and not a hidden one, by its name."""
+    """Return whether a name is that of a photo, and not of a hidden file."""
     path = Path(name)
     return path.suffix.lower() in st.PHOTO_SUFFIXES and not path.name.startswith(".")
 
@@ -126,11 +126,11 @@ def _paths(given: str) -> Iterator[Path]:
         for match in matches:
             yield from _paths(match)
     else:
-        yield path  # there is none: its row says so
+        yield path  # it does not exist: its row says so
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield a folder's photos and those of its folders, sorted, hidden ones left out."""
+    """Yield the photos in a folder and its subfolders, sorted, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
@@ -145,7 +145,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _listed(file, folder: Path) -> Iterator[Path]:
-    """Yield the paths in a file, one a line or ended by NUL; from `folder` where they lie there."""
+    """Yield the paths in a file, one per line or ended by NUL, in `folder` if only found there."""
     rest = b""
     end = None
     for block in iter(lambda: file.read1(1 << 16), b""):
@@ -167,7 +167,7 @@ def _existing(line: bytes, folder: Path) -> Iterator[Path]:
 
 
 def _shard(path: Path, name: str) -> Iterator[Photo]:
-    """Yield the photos of a tar file, each to be read before the next one is asked for."""
+    """Yield the photos of a tar file, each to be read before the next one is requested."""
     try:
         with tarfile.open(path) as tar:
             for member in photo_members(tar):
@@ -264,8 +264,8 @@ def caption_photos(
 ) -> Iterator[list[tuple[Photo, dict]]]:
     """Yield batches of photos and their rows, in order.
 
-    storytellers  one a device, each of which captions a batch at a time while `workers` threads
-                  decode the photos of the next ones
+    storytellers  one per device; each captions a batch at a time while `workers` threads decode the
+                  photos of the next ones
     """
     idle: queue.SimpleQueue = queue.SimpleQueue()
     for storyteller in storytellers:
@@ -304,7 +304,7 @@ def caption_photos(
 
 
 class JsonLines:
-    """Rows in a file, one JSON object a line."""
+    """Rows in a file, one JSON object per line."""
 
     suffix = ".jsonl"
     header = b""
@@ -332,7 +332,7 @@ class JsonLines:
     def begin(self) -> set[int]:
         """Open for appending; return the hashes of the names of photos with captions.
 
-        Rows with errors go, since these photos are tried again.
+        Rows with errors are removed, since their photos are retried.
         """
         done: set[int] = set()
         with st.replacing(self.path) as temporary, open(temporary, "wb") as file:
@@ -367,7 +367,7 @@ class JsonLines:
         return False
 
     def write(self, pairs: list[tuple[Photo, dict]]) -> None:
-        # At once, so that a process that is killed seldom leaves half a row.
+        # In as few writes as possible, so that a killed process seldom leaves half a row.
         data = b"".join(self.encode(row) for _, row in pairs)
         with st.writing(self.path):
             while data:  # a disk that is nearly full takes a part, and says so only the next time
@@ -378,7 +378,7 @@ class JsonLines:
 
 
 class Csv(JsonLines):
-    """Rows as comma separated values; lists are JSON in their cell."""
+    """Rows as comma-separated values; lists are stored as JSON."""
 
     suffix = ".csv"
     columns = ("file_name", "text", "score", "confidence", "captions", "scores", "error")
@@ -459,11 +459,11 @@ class Parquet(JsonLines):
 
 
 class TextFiles(JsonLines):
-    """A text file beside each photo, with a caption a line."""
+    """A text file beside each photo, with one caption per line."""
 
     def __init__(self, full_name: bool, overwrite: bool):
         self.full_name, self.overwrite = full_name, overwrite
-        self.owners: dict[int, int] = {}  # hashes: of the names of millions of photos, too many
+        self.owners: dict[int, int] = {}  # hashes, as millions of names would take too much memory
 
     def of(self, photo: Photo) -> Path:
         path = Path(photo.source)
@@ -481,7 +481,7 @@ class TextFiles(JsonLines):
         path, name = self.of(photo), hash(photo.name)
         if self.owners.setdefault(hash(path), name) == name:
             return photo
-        return Photo(photo.name, error=f"{path.name} is that of another photo; add --full-name")
+        return Photo(photo.name, error=f"{path.name} belongs to another photo; add --full-name")
 
     def has(self, photo: Photo) -> bool:
         return not photo.error and not self.overwrite and os.path.exists(self.of(photo))
@@ -536,17 +536,17 @@ def fingerprint(storyteller) -> str:
 
 @contextlib.contextmanager
 def claim(path: Path, meta: dict, overwrite: bool) -> Iterator[None]:
-    """Take an output for this command, and check who wrote what is there.
+    """Claim an output for this command, and check what wrote it.
 
-    OUT.meta.json says who, and is locked meanwhile.
+    OUT.meta.json records the captioner and the options, and is locked meanwhile.
 
-    Raises ArtifactError for an output of another captioner or of other options, unless `overwrite`.
+    Raises ArtifactError for another captioner or other options, unless `overwrite`.
     """
     note = path.with_name(path.name + ".meta.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     exists = path.exists() or path.with_name(path.name + ".part.jsonl").exists()
     with open(note, "a+", encoding="utf-8") as file:
-        with contextlib.suppress(ImportError):  # where there is no fcntl, there is no such lock
+        with contextlib.suppress(ImportError):  # without fcntl, there is no such lock
             import fcntl
 
             try:
@@ -588,7 +588,7 @@ def positive(text: str) -> int:
 
 
 def place(text: str) -> Path | str:
-    """Return a path, or the URI that `Path` would spoil."""
+    """Return a path, or a URI as it is, as `Path` would mangle it."""
     return text if "://" in text else Path(text)
 
 
@@ -605,12 +605,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=str(st.Storyteller.default_folder()),
         help="folder or Hub id (default: %(default)s)",
     )
-    add("--to", choices=FORMATS, help="default: what --out ends with, else jsonl")
+    add("--to", choices=FORMATS, help="default: by the suffix of --out, else jsonl")
     add("--out", type=place, metavar="FILE|FOLDER", help="default: standard output")
-    add("--overwrite", action="store_true", help="caption again what has a caption")
+    add("--overwrite", action="store_true", help="replace captions written before")
     add("--full-name", action="store_true", help="--to txt: photo.jpg.txt, not photo.txt")
     add("--xmp", action="store_true", help="also write photo.jpg.xmp, for photo managers")
-    add("--replace-descriptions", action="store_true", help="--xmp: also those of people")
+    add("--replace-descriptions", action="store_true", help="--xmp: people's descriptions too")
     add("--batch", type=positive, default=64, help="photos at a time (default: %(default)s)")
     add(
         "--workers",
@@ -621,14 +621,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="on many machines, with Ray")
     default = st.Decoding()
     add("--beam", type=positive, default=default.beam_width, help="width (default: %(default)s)")
-    add("--captions", type=positive, default=1, help="the N best, or N samples")
-    add("--top-p", type=float, help="sample from the likeliest words with this probability")
+    add("--captions", type=positive, default=1, help="how many per photo: the N best, or N samples")
+    add("--top-p", type=float, help="sample among the likeliest words of this total probability")
     add("--temperature", type=float, help="sample; below 1: likely words become likelier")
-    add("--seed", type=int, help="sample; the same seed gives the same captions")
-    add("--start", default="", help="every caption begins so: 'two dogs'")
+    add("--seed", type=int, help="sample; the same seed, photos and --batch give the same captions")
+    add("--start", default="", help="how every caption begins: 'two dogs'")
     add("--must", action="append", default=[], metavar="WORD", help="every caption has this word")
     add("--never", action="append", default=[], metavar="WORD", help="no caption has this word")
-    add("--max-chars", type=int, default=0, help="longest caption, for alt text: 125")
+    add("--max-chars", type=int, default=0, help="longest caption; 125 for alt text")
     return parser.parse_args(argv)
 
 
@@ -686,7 +686,7 @@ def load_captioners(model: str, options: dict) -> list:
     config = storytellers[0].config
     blank = torch.zeros(1, config["regions"], config["width"])  # (1, R, D)
     for storyteller in storytellers:
-        storyteller.backbone  # noqa: B018  # loads it, before threads ask for it
+        storyteller.backbone  # noqa: B018  # loads it before threads use it
         storyteller.caption_features(blank, **options)
     return storytellers
 
@@ -744,13 +744,13 @@ def caption_into(
                 progress.update(len(pairs))
         except KeyboardInterrupt:
             counts["failed"] += 1
-            print("Stopped; the same command goes on from here.", file=sys.stderr)
+            print("Stopped; repeat the command to resume.", file=sys.stderr)
     output.finish()
     if not plain:
         seconds = max(time.monotonic() - began, 0.01)
         print(
             f"{counts['done']:,} photos captioned, {counts['skipped']:,} skipped, "
-            f"{counts['failed']:,} failed: {counts['done'] / seconds:.1f} a second",
+            f"{counts['failed']:,} failed: {counts['done'] / seconds:.1f} per second",
             file=sys.stderr,
         )
     if not sum(counts.values()):
@@ -779,7 +779,7 @@ def complete_sidecars(output: JsonLines, folder: Path) -> None:
 
 
 def bar(arguments: argparse.Namespace, plain: bool):
-    """Return a progress bar on standard error, endless if the inputs cannot be listed first."""
+    """Return a progress bar on standard error, without a total if the inputs cannot be listed."""
     total = None
     if not plain and not any(given == "-" or ".tar" in given for given in arguments.photos):
         total = sum(1 for _ in find_photos(arguments.photos))
@@ -787,7 +787,7 @@ def bar(arguments: argparse.Namespace, plain: bool):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exit status 1 if a photo failed, with a sentence if nothing could begin."""
+    """Run the command; exit status 1 if a photo failed, with a message if it could not start."""
     arguments = parse(argv)
     try:
         if arguments.ray:

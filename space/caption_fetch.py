@@ -1,6 +1,6 @@
-"""What a cluster's machines do for a photo before it is captioned: they fetch its bytes.
+"""Fetch photos' bytes on the machines of a cluster, before they are captioned.
 
-Many processes of a machine do this, so torch is not imported: it takes each of them seconds.
+Many processes per machine do this, so torch is not imported: that would take each of them seconds.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Place:
     """A file or folder, here or in a bucket.
 
     root  "" for this machine's files, or scheme://bucket?options
-    path  as pyarrow's file system wants it: bucket/key, or an absolute path
+    path  as pyarrow's file system expects it: bucket/key, or an absolute path
     """
 
     root: str
@@ -42,7 +42,7 @@ class Place:
         user, _, name = bucket.rpartition("@")
         if user not in ("", "anonymous"):
             raise ValueError(
-                f"A key in an address is soon in a log: leave it out of {scheme}://...@{name} and "
+                f"A key in an address ends up in logs: leave it out of {scheme}://...@{name} and "
                 "set it as the store's own tools read it (AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)."
             )
@@ -62,7 +62,7 @@ class Place:
 
 @functools.cache
 def file_system(root: str) -> fs.FileSystem:
-    """Open a root's file system; ValueError for one that there is not."""
+    """Open a root's file system; ValueError if it cannot be opened."""
     if not root:
         return fs.LocalFileSystem()
     try:
@@ -72,7 +72,7 @@ def file_system(root: str) -> fs.FileSystem:
 
 
 def fetch(batch: pa.Table) -> pa.Table:
-    """Read photos' bytes; what cannot be read becomes an error of its row, not an exception."""
+    """Read photos' bytes; one that cannot be read gets an error in its row, not an exception."""
     with ThreadPoolExecutor(16) as pool:  # object stores answer slowly, but many at a time
         fetched = list(pool.map(read_photo, batch.to_pylist()))
     return pa.table(
@@ -96,7 +96,7 @@ def read_photo(row: dict, tries: int = 3) -> tuple[bytes, str]:
     except FileNotFoundError:
         return b"", f"{row['file_name']} does not exist."
     except Exception as error:
-        if tries > 1:  # a bucket that is asked too much recovers
+        if tries > 1:  # an overloaded bucket recovers
             time.sleep(4 ** (3 - tries))
             return read_photo(row, tries - 1)
         return b"", f"{row['file_name']} cannot be fetched: {type(error).__name__}"
@@ -104,7 +104,7 @@ def read_photo(row: dict, tries: int = 3) -> tuple[bytes, str]:
 
 @ray.remote(num_cpus=0, max_restarts=10, max_task_retries=10)
 class Tries:
-    """Count what was begun and did not end: how a photo that ends its process is known."""
+    """Count what was begun and did not end: this identifies photos that crash their process."""
 
     def __init__(self):
         self.begun: Counter = Counter()

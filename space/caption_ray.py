@@ -4,14 +4,14 @@
     python storyteller_utils.py caption s3://bucket/photos --out s3://bucket/captions --ray auto
     python storyteller_utils.py caption "gs://b/{000..999}.tar" --out gs://b/captions --ray auto
 
-The rows are those of one machine, as Parquet files in the folder --out. ADDRESS is that of a
+The rows are the same as on one machine, in Parquet files in the folder --out. ADDRESS is that of a
 cluster (HOST:PORT, or auto for the one that this machine belongs to); without it, the cores and
-GPUs of this machine are the cluster. A cluster's machines read and write the same folders or
-buckets, and have this project's packages.
+GPUs of this machine are the cluster. A cluster's machines must share the folders or buckets and
+have this project's packages installed.
 
-The photos are listed in a manifest, tasks fetch them, and a pool of actors, one a GPU or one a
-core, captions them. The same command again goes on where it stopped, whatever ended it, and tries
-again what failed. OUT/.job holds the manifest, the checkpoint and which captioner it was.
+The photos are listed in a manifest, tasks fetch them, and a pool of actors, one per GPU or core,
+captions them. To resume, whatever ended the run, repeat the command: it also retries photos that
+failed. OUT/.job holds the manifest, the checkpoint, and the captioner and options of the rows.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 
 import storyteller_utils as st
 
-# Before ray is imported: it reports home otherwise, and warns of what is meant so.
+# Before ray is imported: otherwise it reports usage statistics, and warns of what is intended.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 try:
@@ -55,11 +55,11 @@ try:
 except ImportError:
     raise st.ArtifactError("--ray needs a package: pip install 'ray[data]>=2.60'") from None
 
-SPARE = 2  # cores for what reads, leaves out, fetches and writes: without them, all wait for ever
-BLOCK = 256  # photos that are written, and remembered as done, together; at most
+SPARE = 2  # cores for tasks that read, filter, fetch and write: without them, everything hangs
+BLOCK = 256  # photos that are written and checkpointed together, at most
 MEMORY = 3 << 29  # bytes an actor takes with its captioner, on a CPU
-# An actor that dies is started again so often, and its batch tried again so often. A photo that
-# ends its process takes two tries.
+# How often an actor that dies is restarted, and its batch retried. A photo that crashes its process
+# takes two tries.
 RESTARTS, RETRIES = 200, 32
 MANIFEST = pa.schema(
     {
@@ -78,7 +78,7 @@ ROWS = command.parquet_schema()
 
 
 def list_photos(inputs: Iterable[str], folder: Path | None) -> Iterator[dict]:
-    """Yield the manifest's rows: where each photo is, those of shards too."""
+    """Yield the manifest's rows: where each photo is, including those in shards."""
 
     def listed(source: tuple[Place, str]) -> list[dict]:
         place, name = source
@@ -86,7 +86,7 @@ def list_photos(inputs: Iterable[str], folder: Path | None) -> Iterator[dict]:
             return list(_members(place, name))
         return [_entry(name, place)]
 
-    # Many shards at a time: one is read in many small pieces, and a bucket takes its time for each.
+    # Many shards at a time: each takes many small reads, and a bucket answers them slowly.
     sources = _sources(inputs, folder)
     return itertools.chain.from_iterable(command.ahead(listed, sources, threads=16, depth=64))
 
@@ -131,7 +131,7 @@ def _is_source(path: str) -> bool:
 
 
 def _members(place: Place, name: str) -> Iterator[dict]:
-    """Yield the photos of a shard by their bytes in it, so that each is fetched on its own."""
+    """Yield the photos of a shard by their byte ranges, so that each is fetched on its own."""
     try:
         with (
             place.files.open_input_file(place.path) as file,
@@ -178,7 +178,7 @@ class Captions:
         self.job, self.tries = job, tries
         start = ray.get_runtime_context().get_actor_id()
         if ray.get(tries.begin.remote(start)) == 3:
-            raise st.ArtifactError("The captioner ended its process three times as it was loaded.")
+            raise st.ArtifactError("Loading the captioner crashed its process three times.")
         (self.storyteller, *_) = command.load_captioners(model, options)
         ray.get(tries.end.remote(start))
         self.options, self.captions = options, captions
@@ -196,9 +196,9 @@ class Captions:
         return pa.Table.from_pylist(made, ROWS)
 
     def alone(self, row: dict) -> dict:
-        """Caption a photo of a batch that ended its process, unless it is this one that did."""
+        """Caption a photo of a batch that crashed its process, unless this photo did so."""
         if ray.get(self.tries.begin.remote(row["file_name"])):
-            error = "could not be captioned: it ended the process, twice"
+            error = "could not be captioned: it crashed the process twice"
             return {"file_name": row["file_name"], "error": error}
         (made,) = self.caption([row])
         ray.get(self.tries.end.remote(row["file_name"]))
@@ -223,7 +223,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Job:
-    """What the cluster is asked for.
+    """What the cluster is to do.
 
     out      the folder of the Parquet files
     batch    photos that are captioned at a time
@@ -235,7 +235,7 @@ class Job:
     workers: int
 
     def inside(self, name: str) -> Place:
-        """Return a place in OUT/.job, which readers of the folder leave out."""
+        """Return a place in OUT/.job, which readers of the folder skip."""
         return self.out.at(f"{self.out.path}/.job/{name}")
 
 
@@ -272,14 +272,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.xmp or arguments.full_name:
         raise ValueError("--ray writes no files beside the photos.")
     if not re.fullmatch(r"local|auto|[\w.-]+:\d+", arguments.ray):
-        raise ValueError(f"--ray {arguments.ray}: that is no HOST:PORT. Let --ray stand last.")
+        raise ValueError(f"--ray {arguments.ray}: this is not HOST:PORT. Put --ray last.")
 
 
 @contextlib.contextmanager
 def claim(job: Job, meta: dict, overwrite: bool) -> Iterator[None]:
-    """Take an output for this command, and check who wrote what is there.
+    """Claim an output for this command, and check what wrote it.
 
-    Raises ArtifactError for an output of another captioner or of other options, unless `overwrite`.
+    Raises ArtifactError for another captioner or other options, unless `overwrite`.
     """
     files, note = job.out.files, job.inside("meta.json").path
     if files.get_file_info(job.out.path).type == fs.FileType.File:
@@ -301,7 +301,7 @@ def claim(job: Job, meta: dict, overwrite: bool) -> Iterator[None]:
 
 
 def clear(job: Job) -> None:
-    """Delete the rows of an output and what is known of them; any other file stays."""
+    """Delete the rows of an output and their records in .job; any other file stays."""
     files = job.out.files
     for info in files.get_file_info(fs.FileSelector(job.out.path)):
         if info.type == fs.FileType.File and info.path.endswith(".parquet"):
@@ -313,7 +313,7 @@ def clear(job: Job) -> None:
 
 @contextlib.contextmanager
 def _lock(job: Job) -> Iterator[None]:
-    """Keep a second command off the same folder; in a bucket there are no locks."""
+    """Keep a second command out of the same folder; buckets have no locks."""
     if job.out.root:
         yield
         return
@@ -354,11 +354,11 @@ def run_on_cluster(arguments: argparse.Namespace, options: dict, job: Job, count
             )
             captions.write_parquet(job.out.path, filesystem=job.out.files)
         except KeyboardInterrupt:
-            raise st.ArtifactError("Stopped; the same command goes on from here.") from None
+            raise st.ArtifactError("Stopped; repeat the command to resume.") from None
         except ray.exceptions.RayError as error:
             *_, last = str(error).strip().splitlines()
             raise st.ArtifactError(
-                f"The cluster gave up: {last[:300]} The same command goes on from here."
+                f"The cluster gave up: {last[:300]} Repeat the command to resume."
             ) from error
         finally:
             ray.shutdown()
@@ -381,19 +381,19 @@ def working_folder(model: str, folder: Path, local: bool) -> str:
 
 
 def connect(address: str, folder: str) -> None:
-    """Join a cluster, or make one of this machine, whose processes find modules in `folder`."""
+    """Join a cluster, or start one on this machine, whose processes find modules in `folder`."""
     options = {"address": address, "runtime_env": {"working_dir": folder}, "log_to_driver": False}
     if address == "local":
         # More cores than there are, since the spare ones mostly wait for disks and buckets.
         options |= {"num_cpus": (os.cpu_count() or 1) + 2 * SPARE, "include_dashboard": False}
     try:
-        if ":" in address:  # Ray tries for ten minutes and more
+        if ":" in address:  # Ray would try for ten minutes or more
             host, port = address.split(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(logging_level="ERROR", **options)
     except (OSError, RuntimeError) as error:
         raise st.ArtifactError(
-            f"There is no Ray cluster at {address}, or it wants RAY_AUTH_MODE=token: {error}"
+            f"There is no Ray cluster at {address}, or it needs RAY_AUTH_MODE=token: {error}"
         ) from None
 
 
@@ -409,7 +409,7 @@ class Pool:
 def room(nodes: list[dict[str, float]], most: int | None = None) -> Pool:
     """Choose the actors for a cluster whose nodes have these resources, `most` at most.
 
-    Raises ValueError if there is no room: Ray would wait for ever, without a word.
+    Raises ValueError if there is no room: Ray would wait forever, without a message.
     """
     cores = [int(node.get("CPU", 0)) for node in nodes]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -431,20 +431,20 @@ def read_manifest(job: Job, block: int) -> "ray.data.Dataset":
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # That bounds on restarts will be given in another way, which 2.60 does not have yet.
+    # It announces another way to limit restarts, which 2.60 does not have yet.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.checkpoint_config = CheckpointConfig(
         id_column="file_name",
         checkpoint_path=job.inside("checkpoint").path,
         override_filesystem=job.out.files,
-        # Without it, the finished command given again would write every row again.
+        # Otherwise, repeating a finished command would write every row again.
         delete_checkpoint_on_success=False,
     )
-    # Out of a file, since Ray leaves out what is done only where it reads; in blocks, since it
-    # remembers whole blocks, and a million paths fit one.
+    # From a file, since Ray skips finished photos only when it reads; in blocks, since it
+    # checkpoints whole blocks, and a million paths fit into one.
     photos = ray.data.read_parquet(job.inside("manifest.parquet").path, filesystem=job.out.files)
     photos = photos.repartition(target_num_rows_per_block=block)
-    # Other cores than an actor's, or Ray makes one of both, and fetching waits for captioning.
+    # Not as many cores as an actor has, or Ray fuses both, and fetching waits for captioning.
     return photos.map_batches(fetch, batch_format="pyarrow", batch_size=None, num_cpus=0.45)
 
 
@@ -458,7 +458,7 @@ class Written:
 
     @classmethod
     def read(cls, out: Place, strict: bool = True) -> "Written":
-        """Read an output; unless `strict`, a file that a killed process left is left out."""
+        """Read an output; unless `strict`, a file that a killed process left is skipped."""
         names: set[int] = set()
         rows = failed = 0
         data = open_rows(out, ROWS, strict)
@@ -472,15 +472,15 @@ class Written:
         """Raise ArtifactError unless every photo has a row, and none has two."""
         if missing := len(names - self.names):
             raise st.ArtifactError(
-                f"{missing:,} photos have no row in {out}. The same command again goes on; all "
-                "machines must share a folder."
+                f"{missing:,} photos have no row in {out}. Repeat the command to resume; all "
+                "machines must share the folder."
             )
         if self.rows > len(self.names):
-            raise st.ArtifactError(f"{self.rows - len(self.names):,} rows in {out} are doubled.")
+            raise st.ArtifactError(f"{self.rows - len(self.names):,} rows in {out} are duplicates.")
 
 
 def open_rows(place: Place, schema: pa.Schema, strict: bool = True) -> pyarrow.dataset.Dataset:
-    """Open the Parquet files of a folder, but for hidden ones and, unless `strict`, broken ones."""
+    """Open the Parquet files of a folder, except hidden and, unless `strict`, broken ones."""
     return pyarrow.dataset.dataset(
         place.path,
         schema=schema,
@@ -507,8 +507,8 @@ def forget_failures(job: Job) -> None:
             files.move(temporary, path)
 
     checkpoint = open_rows(job.inside("checkpoint"), ROWS.empty_table().select([0]).schema, False)
-    # The checkpoint first: after a kill in between, the rows are found and all is done again. The
-    # other way round, photos would count as done that have no row.
+    # The checkpoint first: after a kill in between, the rows are found and removed again. The other
+    # way round, photos without a row would count as done.
     for dataset in (checkpoint, data):
         for _ in command.ahead(forget, dataset.files, threads=16, depth=64):
             pass
@@ -519,6 +519,6 @@ def report(written: Written, before: Written, seconds: float) -> None:
     new = written.rows - before.rows
     print(
         f"{new:,} photos done, {before.rows:,} before, {written.failed:,} of all failed: "
-        f"{new / max(seconds, 0.01):.1f} a second",
+        f"{new / max(seconds, 0.01):.1f} per second",
         file=sys.stderr,
     )

@@ -33,7 +33,7 @@ def is_captioned(photo: Path) -> bool:
 def write_sidecar(photo: Path, text: str, replace: bool = False) -> bool:
     """Write a caption into photo.jpg.xmp: description and alt text, marked as made by a machine.
 
-    What else a sidecar holds stays, and so does a person's description, unless `replace`.
+    Anything else in a sidecar stays, and so does a person's description, unless `replace`.
     Returns whether it was written; raises ValueError for a sidecar that is not XMP.
     """
     path = sidecar(photo)

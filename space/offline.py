@@ -1,4 +1,4 @@
-"""Run a Space's app with a network that ends at this machine.
+"""Run a Space's app without network access beyond this machine.
 
 `check_space` in publish.py starts `offline.py PARENT` in the Space's folder; the app ends when the
 process PARENT does.

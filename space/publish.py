@@ -6,7 +6,7 @@
 A Gradio Space captions on the Hub's machine; a static one, which every account may have for free,
 in the visitor's browser.
 
-Needs a Hugging Face token that may write: in HF_TOKEN, or left by `hf auth login`.
+Needs a Hugging Face token with write access, in HF_TOKEN or saved by `hf auth login`.
 """
 
 import argparse
@@ -62,7 +62,7 @@ ADVICE = {
     403: 'The token may not write there: use one with the role "write", and a name of your own.',
     404: "That name is somebody else's, or the token cannot see it: choose another name.",
     409: "That name is taken, or it was changed at the same moment: try again, or choose another.",
-    429: "It wants a pause: try again in an hour.",
+    429: "Too many requests: try again in an hour.",
     507: f"Your storage there is full: delete what you no longer need ({STORAGE}).",
 }
 STATIC_IS_FREE = (
@@ -75,9 +75,9 @@ HTTP_LIBRARIES = {"httpx", "httpx2", "requests", "urllib3"}  # the client change
 
 
 def space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Path]:
-    """List all that belongs to a Space: name there -> path here.
+    """List the files that belong to a Space: name there -> path here.
 
-    Whatever else lies around (.env, caches) does not. Raises ArtifactError for what is missing.
+    Other files (.env, caches) do not. Raises ArtifactError if any is missing.
     """
     photos = [p for p in sorted(space_dir.glob("examples/[!.]*")) if p.suffix in PHOTOS]
     own = [*APP_FILES, "examples/README.md", *(f"examples/{photo.name}" for photo in photos)]
@@ -89,8 +89,8 @@ def space_files(space_dir: Path, model_dir: Path, module: Path) -> dict[str, Pat
     files |= {f"model/{name}": model_dir / name for name in model}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise st.ArtifactError(
-            f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again; what "
-            "is pushed is a folder that build_space made."
+            f"The Space lacks {', '.join(missing)}. Restore space/ with git, or run 03 again; only "
+            "a folder that build_space made can be pushed."
         )
     return files
 
@@ -104,16 +104,16 @@ def build_space(
 ) -> Path:
     """Compose a Space, ready to push, and `space.zip` beside it.
 
-    What its backbone needs joins its requirements.
+    The package that its backbone needs is added to its requirements.
 
     model_dir  the captioner it shows, as `save_pretrained` writes it
     scores     {metric: {"value", "low", "high"}} of 04, for the model card that ships; None: those
                in its config
-    scored_on  what these scores are of
+    scored_on  the photos that were scored
     space_dir  the repository's space/
 
-    Returns `out_dir`, without what an earlier build had and this one has not. ArtifactError for
-    what is missing or wrong, and for an `out_dir` that holds something else.
+    Returns `out_dir`, without an earlier build's files. ArtifactError if anything is missing or
+    wrong, or if `out_dir` holds something else.
     """
     out, model_dir = Path(out_dir), Path(model_dir)
     files = space_files(Path(space_dir), model_dir, Path(st.__file__))
@@ -132,15 +132,15 @@ def build_space(
 
 
 def static_files(browser_dir: Path, model_dir: Path, photos_dir: Path) -> dict[str, Path]:
-    """List all that belongs to a static Space, as `space_files` does."""
+    """List the files that belong to a static Space, as `space_files` does."""
     photos = [p for p in sorted(photos_dir.glob("[!.]*")) if p.suffix in PHOTOS]
     files = {name: browser_dir / name for name in BROWSER_FILES}
     files |= {f"model/{name}": model_dir / name for name in BROWSER_MODEL_FILES}
     files |= {f"examples/{p.name}": p for p in (*photos, photos_dir / "README.md")}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise st.ArtifactError(
-            f"The static Space lacks {', '.join(missing)}. Restore space/ with git; what is pushed "
-            "is a folder that build_static_space made."
+            f"The static Space lacks {', '.join(missing)}. Restore space/ with git; only a folder "
+            "that build_static_space made can be pushed."
         )
     return files
 
@@ -151,8 +151,8 @@ def build_static_space(model_dir: Path | str, out_dir: Path | str, int8: bool = 
     model_dir  the captioner it shows, as `save_pretrained` writes it
     int8       half the size, for phones; some captions differ
 
-    Returns `out_dir`. ArtifactError for what is missing, for a captioner that cannot be exported or
-    captions otherwise once it is, and for an `out_dir` that holds something else.
+    Returns `out_dir`. ArtifactError if anything is missing, if the captioner cannot be exported or
+    its captions change by that, or if `out_dir` holds something else.
     """
     _check_packages()
     out, browser = Path(out_dir), find_browser()
@@ -187,7 +187,7 @@ def find_browser() -> Path:
         if (folder / runtime).is_file() and (folder / "export.py").is_file():
             return folder
     raise st.ArtifactError(
-        f"{HERE / 'browser'} is missing, which holds its page and onnxruntime-web. On Kaggle, add "
+        f"{HERE / 'browser'} is missing: it holds the page and onnxruntime-web. On Kaggle, add "
         "the repository's folder space/browser as a dataset."
     )
 
@@ -219,8 +219,8 @@ def _write_build(out: Path, contents: dict[str, bytes], entry: str) -> None:
     strange = there - ours if entry in there else there
     if strange:
         raise st.ArtifactError(
-            f"{out} holds what no Space has ({', '.join(sorted(strange)[:5])}) and is left as it "
-            "is. Move that away, or name another folder."
+            f"{out} holds files that no Space has ({', '.join(sorted(strange)[:5])}) and is left "
+            "as it is. Move them away, or name another folder."
         )
     for name in (entry, *contents):
         with st.replacing(out / name) as temporary:
@@ -345,7 +345,7 @@ def find_token() -> str:
     """
     from huggingface_hub import get_token
 
-    # Not on Kaggle, no such secret, no internet: the next way may work.
+    # Not on Kaggle, no such secret, no internet: the next source may work.
     with contextlib.suppress(Exception):
         from kaggle_secrets import UserSecretsClient
 
@@ -379,7 +379,7 @@ def push_space(
 
     Returns {"address", "commit", "hardware"}, also left as `pushed.json` beside the folder;
     {"address": None, "zip"} if the account may not have such a Space. ArtifactError says what to do
-    about all else that the Hub refuses.
+    about anything else that the Hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -445,7 +445,7 @@ def push_kind(
 ) -> dict:
     """Push a Space of a kind, as `push_space` does.
 
-    kind    "gradio"; "static"; "both": the Gradio Space, and where the Hub wants it paid for, the
+    kind    "gradio"; "static"; "both": the Gradio Space or, if the Hub asks for a paid plan, the
             static one under the same name
     static  made by build_static_space; None: there is none
     """
@@ -482,11 +482,11 @@ def _create_space(api, repo_id: str, private: bool, static: bool) -> str | None:
     if _create_on(api, repo_id, private, None):
         return "cpu-basic"
     print(
-        "The Hub wants a paid plan for a Space on cpu-basic (402). Trying ZeroGPU, which is free."
+        "The Hub asks for a paid plan for cpu-basic hardware (402). Trying ZeroGPU, which is free."
     )
     if _create_on(api, repo_id, private, "zero-a10g"):
         return "zero-a10g"
-    print("The Hub wants a paid plan for a Space on zero-a10g (402). Packing the folder instead.")
+    print("The Hub asks for a paid plan for ZeroGPU too (402). Packing the folder instead.")
     return None
 
 
@@ -583,7 +583,7 @@ def _ask_hub(call: Callable, repo_id: str, token: str, attempts: int = 4):
 
 
 def _refusal(error, repo_id: str, token: str) -> str:
-    """Return the Hub's reason, without the token; ArtifactError if trying again is of no use."""
+    """Return the Hub's reason, without the token; ArtifactError if retrying cannot help."""
     status = error.response.status_code
     said = (error.server_message or str(error)).replace(token, "***")
     reason = f"the Hub answered {status}: {said[:300].rstrip('.')}."

@@ -1,4 +1,4 @@
-"""The caption command: inputs, rows, going on after a kill, constraints, sidecars."""
+"""The caption command: inputs, rows, resuming after a kill, constraints, sidecars."""
 
 import csv
 import errno
@@ -321,7 +321,7 @@ def test_text_files_stand_beside_the_photos_and_none_is_replaced(photos, stub, c
     assert (photos / "a.txt").read_text() == "Brightness 200, of course.\n"
     assert (photos / "sub/d.txt").read_text() == "Brightness 30, of course.\n"
     assert (photos / "b.txt").read_text() == "by a person"
-    assert "a.txt is that of another photo; add --full-name" in capsys.readouterr().err
+    assert "a.txt belongs to another photo; add --full-name" in capsys.readouterr().err
     assert run(photos, "--to", "txt", "--full-name", "--captions", 2) == 1
     assert (photos / "a.png.txt").read_text().splitlines() == [
         "Brightness 0, of course.",

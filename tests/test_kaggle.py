@@ -190,7 +190,7 @@ def test_an_input_that_kaggle_does_not_attach_is_an_error(kaggle, capsys):
         "03_train_dual_t4 was pushed, but Kaggle did not attach " + SLUGS["01_extract_features"]
         in error
     )
-    assert "to use this one takes --wait" in capsys.readouterr().out
+    assert "add --wait to use this one" in capsys.readouterr().out
 
 
 def test_too_many_requests_wait_and_go_on_or_give_up_in_the_end(kaggle, monkeypatch):

@@ -1,4 +1,4 @@
-"""`caption --ray`: the rows of one process, each photo once, whatever is killed in between.
+"""`caption --ray`: the same rows as one process, each photo once, whatever is killed in between.
 
 A real Ray of two nodes on this machine, and local object stores. `make test-ray` installs what
 they need.
@@ -188,7 +188,7 @@ def test_a_killed_captioner_and_photos_that_kill_it_cost_no_other_photo(
     assert errors.keys() == {
         "broken.jpg", "fatal.jpg", "fatal_too.jpg", "missing.jpg", "empty.tar",
     }  # fmt: skip
-    assert "ended the process, twice" in errors["fatal.jpg"]
+    assert "crashed the process twice" in errors["fatal.jpg"]
     assert "does not exist" in errors["missing.jpg"]
     found = texts(table)
     assert {name: found[name] for name in expected} == expected and len(found) == COUNT + 5
@@ -413,7 +413,7 @@ def test_a_cluster_without_room_is_refused_before_it_waits_for_ever():
         (["--ray"], "--out FOLDER"),
         (["--ray", "--out", "x.csv", "--to", "csv"], "Parquet into a folder"),
         (["--out", "x", "--ray", "--xmp"], "no files beside"),
-        (["--out", "x", "--ray", "photos"], "no HOST:PORT"),
+        (["--out", "x", "--ray", "photos"], "not HOST:PORT"),
         (["--out", "a.jpg", "--ray"], "a.jpg is a file"),
         (["--out", "nowhere", "--ray", "127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
     ],

@@ -130,7 +130,7 @@ def test_a_caption_begins_with_has_and_lacks_the_words_asked_for(client):
         ({"must": "snow", "never": "snow"}, "snow: required by start or must, but forbidden"),
         ({"max_chars": 5}, "max_chars=5 leaves no room"),
         ({"max_chars": 1001}, "1000"),
-        ({"start": "a " * 51}, "start has 102 characters; it may have 100"),
+        ({"start": "a " * 51}, "start has 102 characters; the limit is 100"),
         ({"method": "sample", "must": "snow"}, "must"),
     ],
 )
@@ -195,7 +195,7 @@ def test_no_photo_too_many_photos_and_too_large_a_file_are_refused(client, app, 
     for nothing, endpoint in ((None, "/caption"), ([], "/batch")):
         with pytest.raises(Exception, match=r"[Pp]lease choose"):
             client.predict(nothing, api_name=endpoint)
-    with pytest.raises(Exception, match="1 to 50 photos; these are 51"):
+    with pytest.raises(Exception, match="1 to 50 photos; you chose 51"):
         client.predict([photo(CAT)] * 51, api_name="/batch")
     (tmp_path / "big.jpg").write_bytes(bytes(16_000_000))
     with pytest.raises(Exception, match=r"413|exceed"):
