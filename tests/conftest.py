@@ -1,7 +1,4 @@
-"""What the tests share.
-
-No network, no GPU needed, a small drawn dataset, and ../shared where there is one.
-"""
+"""What tests share: no network, no GPU needed, a small drawn dataset, ../shared if it exists."""
 
 import hashlib
 import importlib.util

@@ -1,11 +1,10 @@
-"""Disturb every stage and see that nothing is lost: `make faults`; test_faults.py does a few of
-each kind.
+"""Disturb every stage and check that nothing is lost: what `make faults` does.
 
-A stage is what its notebook's cells do, run as a program of their own on 40 drawn photos (forked
-from a process that has imported what they import, which would take longer than they do). After each
-fault, the stage is run again (after damage to what it leaves, the next stage): either the
-result equals the undisturbed one's, or one message names the file and says what to do. Moments and
-bytes are drawn from a seed.
+test_faults.py does a few of each kind. A stage is its notebook's cells, run as a program on 40
+drawn photos and forked from a process that has already imported their modules, as the imports would
+take longer than the cells. After each fault, the stage is run again (after damage to its results,
+the next stage): either the result equals the undisturbed one's, or one message names the file and
+says what to do. Moments and bytes are drawn from a seed.
 """
 
 import collections
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import nbformat
 
-# Before torch: workers and programs have a thread each.
+# Before torch: workers and programs get one thread each.
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
@@ -54,7 +53,7 @@ FORKS.set_forkserver_preload(
 class Outcome:
     """What came of a fault.
 
-    "same" as undisturbed, "refused" with a message, or "lost", and the output that shows it.
+    The "same" result as undisturbed, "refused" with a message, or "lost"; `output` shows it.
     """
 
     kind: str
@@ -76,10 +75,7 @@ def program(stage: str) -> str:
 
 
 def counts(folder: Path, stage: str) -> dict:
-    """Return what a finished stage is held to.
-
-    All of its files but the seconds that some of them tell.
-    """
+    """Return the files by which a finished stage is compared, without the timings in them."""
     out, found = folder / "outputs" / stage, {}
     for path in sorted(
         p
@@ -98,7 +94,7 @@ def counts(folder: Path, stage: str) -> dict:
 
 
 def be_program(folder: Path, stage: str, environment: dict[str, str], written) -> None:
-    """Run a stage's cells as a program in `folder` does, whose output goes into a pipe."""
+    """Run a stage's cells as a program in `folder` would, its output going into a pipe."""
     os.setsid()
     os.chdir(folder)
     os.environ |= environment
@@ -110,7 +106,7 @@ def be_program(folder: Path, stage: str, environment: dict[str, str], written) -
 
 
 def read(pipe, until: bytes = b"") -> Iterator[bytes]:
-    """Yield what comes out of a pipe, to its end or until a byte; TimeoutError if it takes long."""
+    """Yield what comes out of a pipe, to its end or until a byte; TimeoutError if too slow."""
     ends = time.monotonic() + SLOW
     while pipe.poll(max(0, ends - time.monotonic())):
         block = os.read(pipe.fileno(), 1 if until else 65_536)
@@ -159,9 +155,10 @@ class Ground:
     def run(
         self, folder: Path, stage: str, after: float | None = None, only_notebook: bool = False
     ) -> tuple[int, str, float]:
-        """Run a stage's cells.
+        """Run a stage's cells. Returns status, output and seconds.
 
-        SIGKILL it `after` seconds of work, its worker too or not. Returns status, output, seconds.
+        after          seconds of work until SIGKILL; None: no kill
+        only_notebook  spare its worker
         """
         environment = {
             "PYTHONUNBUFFERED": "1",
@@ -173,13 +170,13 @@ class Ground:
         process.start()
         written.close()
         try:
-            # The first line is what `start` says, when the imports are done.
+            # `start` prints the first line, once the imports are done.
             output, began = b"".join(read(received, until=b"\n")), time.monotonic()
             if after is not None:
                 process.join(after)
                 (os.kill if only_notebook else os.killpg)(process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass  # it has ended before
+            pass  # it had already ended
         try:
             output += b"".join(read(received))
         finally:
@@ -218,9 +215,9 @@ class Ground:
             return Outcome("kill", stage, what, came if came == "same" else "lost", output)
 
     def leftover(self, stage: str, rng: random.Random) -> Outcome:
-        """SIGKILL, then a flipped byte in something that the killed run left.
+        """SIGKILL, then damage to a file that the killed run left.
 
-        A second run after a message must be well.
+        After a message, a run without that file must succeed.
         """
         with self.copy(*st.STAGES[stage]) as folder:
             self.run(folder, stage, rng.uniform(0.2, 0.9) * self.seconds[stage])
@@ -238,7 +235,7 @@ class Ground:
                 path.unlink(missing_ok=True)
                 again, more = self.judge(folder, stage)
                 came, output = came if again == "same" else "lost", output + more
-            return Outcome("leftover", stage, f"a byte of {path.name} flipped", came, output)
+            return Outcome("leftover", stage, f"{path.name} damaged", came, output)
 
     def full(self, stage: str, rng: random.Random) -> Outcome:
         """Let the disk have room for a part of what the stage writes, then make room."""
@@ -276,7 +273,7 @@ class Ground:
             )
 
     def damaged(self, stage: str, name: str, rng: random.Random) -> Outcome:
-        """Truncate a file of a finished stage, or flip a byte of it.
+        """Truncate a file of a finished stage, or flip a bit of it.
 
         Then run the first stage that reads it.
         """
@@ -287,7 +284,7 @@ class Ground:
             return Outcome("damage", stage, f"{name} {what}", came, output)
 
     def two(self, stage: str, rng: random.Random) -> Outcome:
-        """Run a stage twice at once in one folder: the second is refused, or both end right."""
+        """Run a stage twice at once in one folder: the second is refused, or both succeed."""
         with self.copy(*st.STAGES[stage]) as folder, ThreadPoolExecutor(2) as pool:
             runs = list(pool.map(lambda _: self.run(folder, stage), range(2)))
             refused = [
@@ -318,7 +315,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def can_mount() -> bool:
-    """Whether this user may mount a small disk."""
+    """Return whether this user may mount a small disk."""
     with tempfile.TemporaryDirectory() as folder:
         mounted = (
             subprocess.run(
@@ -331,9 +328,9 @@ def can_mount() -> bool:
 
 @contextlib.contextmanager
 def disk(folder: Path, size: int):
-    """Put a disk of so many bytes at `folder`.
+    """Mount a disk of `size` bytes at `folder`.
 
-    Yields a function that changes it: "size=1g", "ro".
+    Yields a function that remounts it with options such as "size=1g" or "ro".
     """
     folder.mkdir(parents=True)
     subprocess.run(
@@ -363,7 +360,7 @@ def main() -> None:
                 for kind in [ground.full] * 4 + [ground.read_only]
             ]
         else:
-            print("This user may not mount a small disk: no full and no read-only one is tried.")
+            print("This user may not mount disks: full and read-only ones are not tried.")
         trials += [
             (ground.damaged, (stage, name))
             for stage in list(st.STAGES)[:-1]

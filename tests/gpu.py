@@ -1,9 +1,9 @@
-"""Show on a machine with a CUDA GPU what only a GPU can show: `make gpu`, in at most 8 minutes.
+"""Check what only a CUDA GPU can show: what `make gpu` does, in about 8 minutes at most.
 
-The tests that need a GPU; 01, 03 (original and best; float32, bfloat16, and float16 with GradScaler
-as on a T4; stopped and resumed; two processes on one GPU) and 04 on 1,000 drawn photos, beside the
-CPU's numbers; a part of the benchmarks. The report is outputs/gpu/report.md. With --cpu the
-steps run in float16 on the CPU, on fewer photos: that the script works, not how fast.
+It runs the tests that need a GPU; 01, 03 (original and best; float32, bfloat16, and float16 with
+GradScaler as on a T4; stopped and resumed; two processes on one GPU) and 04 on 1,000 drawn photos,
+beside the CPU's numbers; and a part of the benchmarks. The report is outputs/gpu/report.md. With
+--cpu, the steps run on the CPU in float16, on few photos, to check the script itself.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import storyteller_utils as st  # noqa: E402
 from sample import draw_dataset  # noqa: E402
 
-LIMIT = 480  # seconds; a step that would begin later is left out, and the report says so
+LIMIT = 480  # seconds; steps that would begin in the last minute are left out, as reported
 EXTRACT, VOCAB, TRAIN, EVALUATE, _ = st.STAGES
 LITE = {"backbone": "efficientnet_lite0"}  # its weights come from a package
 
@@ -37,9 +37,9 @@ class Step:
 
 
 def steps(usual: dict, cpu: bool) -> list[Step]:
-    """List what is shown, in order, with `usual` parameters of 03: the most important first.
+    """List the steps, the most important first, with `usual` parameters of 03.
 
-    cpu  the script is tried without a GPU: float16 alone, which is what differs there
+    cpu  without a GPU: only float16, which is what differs there
     """
     original = {"batch_size": 32, **usual}
     best = {"recipe": "best", "self_critical": 1, **original}
@@ -114,7 +114,7 @@ def run_steps(folder: Path, listed: list[Step], began: float) -> list[list[str]]
 
 
 def command_output(*command: str, seconds: float) -> str:
-    """Run a command of the project for at most so long. Returns the end of what it printed."""
+    """Run a command of the project for at most `seconds`. Returns the end of what it printed."""
     try:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=seconds

@@ -1,8 +1,8 @@
-"""Run all five notebooks at Flickr30k's full size and see how long anybody waits in the dark.
+"""Run all five notebooks at Flickr30k's full size and measure how long they print nothing.
 
 31,783 small synthetic photos and 158,915 captions as long as Flickr30k's go through one epoch: what
 `make rehearsal` does, in under 20 minutes on two cores. It prints a table of each stage's seconds,
-the longest silence, memory and disk, and exits 1 when more than 20 seconds pass without a word.
+longest silence, memory and disk, and exits 1 if more than 20 seconds pass without output.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PARAMETERS = {
 class Took:
     """What one stage cost: seconds, the longest time without output, bytes of memory and disk.
 
-    after  the last line before that time
+    after  the last line before the longest time without output
     """
 
     stage: str
@@ -70,7 +70,7 @@ def draw_dataset(folder: Path, photos: int) -> None:
 
 
 def watch(process: psutil.Process, out: Path, took: Took) -> None:
-    """Keep the highest memory of a process and its children, and the size of its results."""
+    """Record the peak memory of a process and its children, and the size of its results."""
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         memory = 0
         for each in [process, *process.children(recursive=True)]:

@@ -1,4 +1,4 @@
-"""The bugs of mutants.py fit the code as it is now."""
+"""The bugs of mutants.py still apply to the current code."""
 
 import mutants
 import pytest

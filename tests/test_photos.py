@@ -1,4 +1,4 @@
-"""Photos to features: odd files, preprocessing, backbones, an extraction that may be stopped."""
+"""Photos to features: odd files, preprocessing, backbones, interrupted extraction."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Scores: every number is held against somebody else's implementation, or a brute-force one."""
+"""Scores: every number is checked against an independent or a brute-force implementation."""
 
 import itertools
 import math

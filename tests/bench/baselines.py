@@ -1,8 +1,8 @@
 """Captioning as published notebooks do it: Pillow, eager float32, padding to 50, one photo and one
 beam at a time.
 
-Written afresh from how such notebooks work, nothing slowed down on purpose; `bench.py` holds our
-results to theirs.
+Written anew after such notebooks, with nothing slowed down on purpose; `bench.py` checks our
+results against theirs.
 """
 
 import math
@@ -70,7 +70,7 @@ def extract(network, paths, device, how):
 
 
 class Pairs(Dataset):
-    """One item a caption: the photo's features from a dictionary, the ids padded to 50."""
+    """One item per caption: the photo's features from a dictionary, the ids padded to 50."""
 
     def __init__(self, features, names, captions):
         self.features, self.names, self.captions = features, names, captions
@@ -168,7 +168,7 @@ def next_log_probs(decoder, word, state, device):
 
 @torch.no_grad()
 def greedy(decoder, feature, max_length=30):
-    """Tell one photo (1, ...) by the likeliest word each time. Returns ids."""
+    """Caption one photo (1, ...) with the likeliest word each time. Returns ids."""
     state, word, ids = decoder.begin(feature), START, []
     while word != END and len(ids) < max_length:
         log_probs, state = next_log_probs(decoder, word, state, feature.device)
@@ -179,7 +179,7 @@ def greedy(decoder, feature, max_length=30):
 
 @torch.no_grad()
 def beam_search(decoder, feature, width=5, preference=0.7, max_length=30):
-    """Tell one photo (1, ...), beam by beam.
+    """Caption one photo (1, ...), beam by beam.
 
     The rules are those of the module's `beam_search`. Returns ids.
     """

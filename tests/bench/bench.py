@@ -1,5 +1,4 @@
-"""Compare each step with how published notebooks do it, on this machine and the same data: `make
-bench`.
+"""Compare each step with published notebooks, on this machine and the same data: `make bench`.
 
     python tests/bench/bench.py [--only NAME ...] [--quick]
 
@@ -54,13 +53,13 @@ FLICKR_PHOTOS = 31_783
 FLICKR_TRAINED = 25_426  # of them to train on
 FLICKR_TESTED = 3_179
 HALF = torch.float32 != DTYPE
-# The rules of beam search that published notebooks have.
+# Beam search as published notebooks do it.
 PLAIN = {"length_preference": 0.7, "no_repeat": 0}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each side works in a round: the slower side less."""
+    """How much work each side does in a round: the slower side does less."""
 
     rounds: int = 5
     photos: int = 128  # drawn
@@ -91,9 +90,9 @@ def seconds(call) -> float:
 
 
 def interleave(rounds: int, *calls, warm_up: int | None = None) -> list[float]:
-    """Run all (the first `warm_up`) calls once unmeasured, then all in turn, round after round.
+    """Run all calls (or the first `warm_up`) once untimed, then all in turn, round after round.
 
-    Median seconds each.
+    Returns the median seconds of each.
     """
     for call in calls[:warm_up]:
         call()
@@ -128,9 +127,9 @@ def met(one: dict) -> bool:
 def growth(
     name: str, unit: str, work, base: int, sizes: Sizes, flickr: int, plain: float
 ) -> list[dict]:
-    """Time `work(n)` at 1x, 4x and 16x of `base`, and say what that means for Flickr30k.
+    """Time `work(n)` at 1x, 4x and 16x of `base`, and predict the time for Flickr30k.
 
-    flickr  how many units Flickr30k has; plain: seconds a unit of the baseline's
+    flickr  how many units Flickr30k has; plain: the baseline's seconds per unit
 
     A unit at 16x may cost at most 15 % more than one at 1x.
     """
@@ -278,7 +277,7 @@ def decoding(m: Material, s: Sizes):
 
 
 def check_losses(model, pairs, batch, exact, trainer) -> None:
-    """Hold the loss of both trainers on a batch against the baseline's on the same captions."""
+    """Compare the loss of both trainers on a batch with the baseline's on the same captions."""
     with torch.no_grad():
         features, ids = (
             torch.stack(part).to(DEVICE) for part in zip(*(pairs[i] for i in batch), strict=True)
@@ -293,7 +292,7 @@ def check_losses(model, pairs, batch, exact, trainer) -> None:
 
 
 def training_products(data, batch) -> list[tuple[int, int, int]]:
-    """List the matrix products that a batch of 64 captions cannot do without."""
+    """List the matrix products that a batch of 64 captions needs at least."""
     tokens, longest = int(data.lengths[batch].sum()) - 64, int(data.lengths[batch].max()) - 1
     once = [(64, 2048, 512), (tokens, 256, 2048), (tokens, 512, VOCABULARY)]
     return once + [(64, 512, 2048)] * longest
@@ -323,7 +322,7 @@ def training(m: Material, s: Sizes):
         (b for b in data.epoch(13, 0) if len(b) == 64), key=lambda b: data.lengths[b].sum()
     )
 
-    def some(count):  # short and long ones in the proportion that there is
+    def some(count):  # short and long ones in proportion
         return [batches[int(i)] for i in (np.arange(count) + 0.5) * len(batches) / count]
 
     def ours(count):
@@ -360,10 +359,7 @@ def training(m: Material, s: Sizes):
 
 
 def search(s: Sizes, name: str, decoder: str, width: int, plain_search, target: str):
-    """Search on features that are there.
-
-    Ours in batches, theirs photo by photo, on the same weights.
-    """
+    """Compare searches on ready features: ours in batches, theirs photo by photo, same weights."""
     captioner = random_captioner(decoder, 2048)
     pooled, plain = captioner.decoder.pooled, baselines.Attention(captioner.decoder)
     if pooled:
@@ -420,7 +416,7 @@ def beam(m: Material, s: Sizes):
 
 
 def attention(m: Material, s: Sizes):
-    """Beam search of width 5, the decoder that looks at the grid."""
+    """Beam search of width 5, the decoder that attends to the grid."""
     return search(
         s, "beam search, width 5, attention", "attention", 5, baselines.beam_search, "ratio >= 8"
     )
@@ -561,7 +557,7 @@ def memory(m: Material, s: Sizes):
 
     It does not grow with the number of photos.
     """
-    # Not ru_maxrss: a process begins with that of the one that started it.
+    # Not ru_maxrss: a process inherits it from the one that started it.
     code = (
         "import extraction, json, sys\n"
         "extraction.extract_worker(json.loads(sys.argv[1]))\n"
@@ -680,7 +676,7 @@ def main() -> None:
         help=", ".join(COMPARISONS),
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a little of everything: that it runs, not how fast"
+        "--quick", action="store_true", help="a little of everything, to see that it runs"
     )
     arguments = parser.parse_args()
     out, sizes, rows, began = (

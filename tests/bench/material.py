@@ -1,7 +1,4 @@
-"""What the comparisons work on.
-
-Drawn photos, networks of random weights, captions as long as Flickr30k's.
-"""
+"""The benchmarks' data: drawn photos, random networks and captions as long as Flickr30k's."""
 
 import functools
 from pathlib import Path
@@ -22,7 +19,7 @@ DTYPE, REASON = st.choose_precision(DEVICE)
 
 
 class Material:
-    """What several comparisons need, each made when first asked for, below a temporary folder."""
+    """What several comparisons need, each made on first use, below a temporary folder."""
 
     def __init__(self, folder: Path, photos: int):
         self.folder, self.count = folder, photos
@@ -85,9 +82,9 @@ class Material:
         return self.folder / backbone
 
     def trainer(self, precision: str, photos: int) -> training.Trainer:
-        """Lay out what 01 and 02 leave, with random features and captions.
+        """Write results like those of 01 and 02, with random features and captions.
 
-        Make 03's trainer on it, without dropout.
+        Returns 03's trainer on them, without dropout.
         """
         folder = self.folder / "training"
         if not folder.exists():
