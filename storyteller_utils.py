@@ -1548,6 +1548,7 @@ def _to_rgb(image):
 def _upright(image):
     """Rotate or mirror a photo as its EXIF says; ImageOps.exif_transpose fails on damaged EXIF."""
     turns = _pillow().Transpose
+    image.load()  # a TIFF is upright then, and a PNG's broken data not taken for broken EXIF
     orientation = 1
     with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         orientation = image.getexif().get(0x0112, 1)

@@ -122,7 +122,7 @@ STORED = {
 
 @pytest.mark.fast
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
 def test_a_photo_taken_with_a_turned_camera_is_upright(format, orientation):
     upright = Image.new("RGB", (48, 32), "black")
     upright.paste("red", (0, 0, 24, 16))
@@ -219,6 +219,14 @@ def test_a_photo_cut_anywhere_is_refused_or_whole(format):
             assert photo.shape == whole.shape
             if format != "GIF":
                 assert end > 0.9 * len(data)  # what is missing is no pixel
+
+
+@pytest.mark.fast
+def test_a_png_with_a_broken_byte_among_its_pixels_is_refused_and_not_black():
+    data = encoded(Image.effect_noise((48, 36), 40))
+    broken = data.index(b"IDAT") + 30
+    with pytest.raises(ValueError, match="broken data"):
+        st.open_photo(data[:broken] + bytes([data[broken] ^ 255]) + data[broken + 1 :])
 
 
 @pytest.mark.parametrize(
