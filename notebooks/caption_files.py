@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import html
+import itertools
 import json
 import os
 import re
@@ -238,43 +239,80 @@ def _read_table(path: Path, names: _Names) -> tuple[_Table | None, str]:
             raise st.ArtifactError(f"{path} cannot be read: {error}") from None
     text, encoding = _decode(path.read_bytes())
     if text.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return _table_of_records(_records(json.loads(text)), "JSON"), encoding
-        with contextlib.suppress(ValueError, RecursionError):
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            if all(isinstance(line, dict) and len(line) == 1 for line in lines):
-                lines = [record for line in lines for record in _records(line)]
-            return _table_of_records(lines, "JSON lines"), encoding
+        if read := _read_json(text):
+            return _table_of_records(*read), encoding
         if path.suffix.lower().startswith(".json"):
             raise st.ArtifactError(f"{path} is not valid JSON.")
     return _parse_text(text, names), encoding
 
 
+def _read_json(text: str) -> tuple[list, str] | None:
+    """Read JSON or JSON lines as records; of lines, a broken one is an empty record."""
+    decode = json.JSONDecoder(object_pairs_hook=_object, strict=False).decode
+    with contextlib.suppress(ValueError, RecursionError):
+        return _records(decode(text)), "JSON"
+    lines = []
+    for line in filter(str.strip, _LINE_END.split(text)):
+        lines.append({})
+        with contextlib.suppress(ValueError, RecursionError):
+            lines[-1] = decode(line.strip().rstrip(","))
+    whole = sum(isinstance(line, dict | list) and bool(line) for line in lines)
+    return (_records(lines), "JSON lines") if 2 * whole > len(lines) else None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """Make an object of JSON, with all the values of a name that is there several times."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        several = defaultdict(list)
+        for name, one in pairs:
+            several[name].append(one)
+        value = {name: found if found[1:] else found[0] for name, found in several.items()}
+    return value
+
+
 def _records(value) -> list:
     """Return the list of records in COCO's, Karpathy's or other JSON."""
     if isinstance(value, list):
+        if all(isinstance(record, dict) and len(record) < 2 for record in value):
+            return [inner for record in value for inner in _records(record) or [record]]
         return value
     if not isinstance(value, dict):
         return []
     images, annotations = value.get("images"), value.get("annotations")
-    if isinstance(images, list) and isinstance(annotations, list):
-        of = {str(image.get("id")): image for image in images if isinstance(image, dict)}
+    if isinstance(images, list) and isinstance(annotations, list) and annotations:
+        of = {str(i.get("id", i.get("image_id"))): i for i in images if isinstance(i, dict)}
         notes = [note for note in annotations if isinstance(note, dict)]
         return [{**of.get(str(note.get("image_id")), {}), **note} for note in notes]
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    if isinstance(images, list) or isinstance(annotations, list) or len(lists) == 1:
+    filled = {k: v for k, v in value.items() if isinstance(v, dict | list) and v}
+    named = any(_without_suffix(name) != name for name in filled)  # as photos are
+    lists = {k: v for k, v in filled.items() if isinstance(v, list) and isinstance(v[0], dict)}
+    if isinstance(images, list) or isinstance(annotations, list) or (len(lists) == 1 and not named):
         return images or annotations or next(iter(lists.values()), [])
-    if len(lists) > 1 and all(map(_SPLIT_FILE.search, lists)):  # under the names of their splits
-        of_splits = [(split, record) for split, records in lists.items() for record in records]
+    is_split = _SPLIT_FILE.search if lists == filled else _SPLIT_FILE.fullmatch
+    if len(filled) > 1 and all(map(is_split, filled)):  # below the name of their split
         return [
-            record | {"split": split} for split, record in of_splits if isinstance(record, dict)
+            (record if isinstance(record, dict) else {"image": record}) | {"split": split}
+            for split, records in filled.items()
+            for record in _records(records)
         ]
-    if any(_CAPTION_HEADER.search(str(key).lower()) for key in value):
+    if len(filled) == 1 and not named and isinstance(inner := next(iter(filled.values())), dict):
+        return _records(inner)
+    columns, data = value.get("columns"), value.get("data")
+    if isinstance(columns, list) and isinstance(data, list):
+        rows = [row for row in data if isinstance(row, list)]
+        return [dict(zip(map(str, columns), row, strict=False)) for row in rows]
+    if not named and any(_CAPTION_HEADER.search(str(key).lower()) for key in value):
         columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
         if not all(isinstance(column, list) for column in columns):
             return [value]
-        return [dict(zip(value, cells, strict=False)) for cells in zip(*columns, strict=False)]
-    return [{"image": name, "caption": captions} for name, captions in value.items()]
+        return [dict(zip(value, cells, strict=True)) for cells in itertools.zip_longest(*columns)]
+    return [
+        {"": name, **inner}
+        if isinstance(inner, dict) and not all(map(str.isdigit, inner))
+        else {"image": name, "caption": inner}
+        for name, inner in value.items()
+    ]
 
 
 def _table_of_records(records: list, form: str) -> _Table:
@@ -288,14 +326,26 @@ def _table_of_records(records: list, form: str) -> _Table:
     return _Table(form, [str(key) for key in header], rows)
 
 
+_LINE_END = re.compile(r"\r\n|\r|\n")  # splitlines() knows others, which stand in captions
+
 _MISSING = ("nan", "NaN", "NA", "N/A", "<NA>", "null", "NULL", "None")  # as programs write it
 
 
+_ASKING = ("human", "user", "system")
+
+
 def _texts(value) -> list[str]:
-    """List the captions in a cell: one, several, or records of them."""
+    """List the captions in a cell: one, several, records of them, or the answer of a dialogue."""
     if isinstance(value, dict):
         values = [v for key, v in value.items() if _CAPTION_HEADER.search(str(key).lower())]
-        value = values[0] if values else None
+        numbered = list(value.values()) if all(map(str.isdigit, value)) else None
+        value = values[0] if values else numbered
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        speakers = [turn.get("from", turn.get("role")) for turn in value]
+        if {"gpt", "assistant"} & {str(speaker) for speaker in speakers}:
+            said = [turn.get("value", turn.get("content")) for turn in value]
+            answers = [a for a, who in zip(said, speakers, strict=True) if who not in _ASKING]
+            value = answers[0] if len(answers) == 1 else None  # of several, which is the caption?
     if isinstance(value, str):
         value = _written_list(value) or value
     if isinstance(value, list | tuple | np.ndarray):
@@ -320,8 +370,11 @@ def _written_list(text: str) -> list[str] | None:
 
 def _name(value) -> str:
     """Read a cell as the name of a photo, with forward slashes and without Flickr's "#0"."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):  # a photo itself, as Hugging Face stores it
-        value = value.get("path") or value.get("file_name")
+        keys = ("path", "file_name", "filename", "name")
+        value = next((value[key] for key in keys if value.get(key)), None)
     return "" if value is None else re.sub(r"#\d+$", "", str(value).strip()).replace("\\", "/")
 
 
@@ -342,8 +395,8 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
 
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
-    lines = re.split(r"\r\n|\r|\n", text)
-    for i, line in enumerate(lines):  # comments, and Excel's line that names the separator
+    lines = _LINE_END.split(text)
+    for i, line in enumerate(lines):  # remarks, and what Excel tells itself of the separator
         if not re.match(r"\s*(#|sep=.$|$)", line):
             break
         lines[i] = ""
@@ -697,7 +750,7 @@ def _read_files_of_photos(files: dict[Path, str], names: _Names) -> Captions:
     read = Captions(files={"a file for each photo": ""})
     for photo, path in chosen.items():
         text, _ = _decode(path.read_bytes())
-        lines = text.splitlines()
+        lines = _LINE_END.split(text)
         if path.suffix.lower() == ".json":
             lines = []
             with contextlib.suppress(ValueError, RecursionError):

@@ -447,6 +447,29 @@ SHAPES = {
     "objects by name": {n: {"captions": c, "split": "train"} for n, c in GROUPS.items()},
     "columns": {"image": [n for n, _ in PAIRS], "caption": [c for _, c in PAIRS]},
     "annotations": {"annotations": [{"image": n, "caption": c} for n, c in PAIRS]},
+    "annotations below a key": {
+        "set": {"annotations": [{"image": n, "text": c} for n, c in PAIRS]}
+    },
+    "columns and rows": {"columns": ["image", "caption"], "data": PAIRS},
+    "numbered by name": {n: dict(enumerate(c)) for n, c in GROUPS.items()},
+    "lists by name below a key": {"captions": GROUPS},
+    "lists by name below the names of their splits": {
+        "train": dict(list(GROUPS.items())[:5]),
+        "val": dict(list(GROUPS.items())[5:]),
+    },
+    "objects by number": {i: {"file": n, "caption": c} for i, (n, c) in enumerate(PAIRS)},
+    "objects of one name": [{n: c} for n, c in PAIRS],
+    "photos as objects": [{"image": {"name": n, "width": 9}, "caption": c} for n, c in PAIRS],
+    "dialogues of one answer": [
+        {
+            "image": n,
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is to be seen?"},
+                {"from": "gpt", "value": c},
+            ],
+        }
+        for n, c in PAIRS
+    ],
     "records below the names of their splits": {
         "train": [{"image": n, "caption": c} for n, c in PAIRS[:20]],
         "val": [{"image": n, "caption": c} for n, c in PAIRS[20:]],
@@ -478,6 +501,41 @@ SHAPES = {
 def test_json_of_any_shape_is_read(tmp_path, shape, encoding):
     data = json.dumps(SHAPES[shape]).encode(encoding)
     assert rows_of(tmp_path, data, photos=SCENES, file="annotations.json") == PAIRS
+
+
+def test_a_name_that_is_there_several_times_in_json_keeps_all_its_captions(tmp_path):
+    text = ", ".join(f"{json.dumps(n)}: {json.dumps(c)}" for n, c in PAIRS)
+    assert rows_of(tmp_path, f"{{{text}}}", photos=SCENES, file="captions.json") == PAIRS
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\t", "\n"])
+def test_a_sign_that_is_a_line_break_to_some_does_not_break_json_lines(tmp_path, sign):
+    line = '{"image": "dog.jpg", "caption": "A dog' + sign.replace("\n", "\\n") + 'runs."}\n'
+    text = line + '{"image": "cat.jpg", "caption": "A cat."}\n'
+    rows = rows_of(tmp_path, text, file="captions.jsonl")
+    assert rows == [("dog.jpg", "A dog runs."), ("cat.jpg", "A cat.")]
+
+
+def test_a_broken_line_of_json_is_reported_and_the_others_are_read(tmp_path):
+    lines = [json.dumps({"image": n, "caption": c}) for n, c in PAIRS]
+    lines[4] = lines[4][:-5]
+    data = dataset(tmp_path, "\n".join(lines), photos=SCENES, file="captions.jsonl")
+    read = caption_files.read_captions(data)
+    assert read.rows == PAIRS[:4] + PAIRS[5:] and read.unread == [(5, "no photo name")]
+
+
+def test_columns_in_json_that_are_not_as_long_as_each_other_lose_nothing_silently(tmp_path):
+    columns = {"image": ["dog.jpg", "cat.jpg"], "caption": ["A dog.", "A cat.", "A bird."]}
+    read = caption_files.read_captions(dataset(tmp_path, json.dumps(columns), file="captions.json"))
+    assert read.rows == [("dog.jpg", "A dog."), ("cat.jpg", "A cat.")]
+    assert read.unread == [(3, "no photo name")]
+
+
+def test_of_a_dialogue_with_several_answers_none_is_taken_for_the_caption(tmp_path):
+    answers = [{"role": "assistant", "content": f"It is {one}."} for one in ("a dog", "brown")]
+    one, two = ({"image": n, "messages": answers[:k]} for n, k in (("cat.jpg", 1), ("dog.jpg", 2)))
+    read = caption_files.read_captions(dataset(tmp_path, json.dumps([one, two]), file="chat.json"))
+    assert read.rows == [("cat.jpg", "It is a dog.")] and read.unread == [(2, "no caption")]
 
 
 def test_json_lines_are_read_with_names_below_their_own_folder(tmp_path):
