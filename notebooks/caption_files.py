@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -26,15 +27,23 @@ _WRITTEN = {
     "if letter case and Unicode form are ignored": lambda name: unicodedata.normalize(
         "NFC", name
     ).casefold(),
-    "if the suffix is ignored": lambda name: _without_suffix(
-        unicodedata.normalize("NFC", name).casefold()
+    "without suffix": lambda name: _without_suffix(unicodedata.normalize("NFC", name).casefold()),
+    "as a web address": lambda name: _without_suffix(
+        unicodedata.normalize("NFC", unquote(name.partition("?")[0])).casefold()
     ),
+    "by its number": lambda name: _number(_without_suffix(name.casefold())),
 }
 
 
 def _without_suffix(name: str) -> str:
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in st.PHOTO_SUFFIXES else name
+
+
+def _number(name: str) -> str:
+    """Return the number that a name is, without COCO's prefix and zeros; else the name."""
+    hit = re.fullmatch(r"(?:.*/)?(?:coco_[a-z]+\d*_)?0*(\d+)(?:\.0)?", name)
+    return hit[1] if hit else name
 
 
 def _endings(name: str) -> list[str]:
@@ -77,11 +86,16 @@ class _Names:
         return None, ""
 
     def weight(self, value) -> int:
-        """Rate a cell as a photo's name: 2 for one that exists, 1 more for one with a suffix."""
+        """Rate a cell as a photo's name: 2 for one that exists, 1 more for one with a suffix.
+
+        A number may be of anything: 1.
+        """
         name = _name(value)
         if not 0 < len(name) < 1000 or "\n" in name:
             return 0
-        return 2 * (self.find(name)[0] is not None) + (_without_suffix(name) != name)
+        photo, way = self.find(name)
+        known = 0 if photo is None else 1 if way == "by its number" else 2
+        return known + (_without_suffix(name) != name)
 
 
 def _decode(data: bytes) -> tuple[str, str]:
@@ -326,6 +340,7 @@ def _table_of_records(records: list, form: str) -> _Table:
     return _Table(form, [str(key) for key in header], rows)
 
 
+_BLANK = " \t\r\n\ufeff\u200b\u2060"  # some have no width; Python takes them for letters
 _LINE_END = re.compile(r"\r\n|\r|\n")  # splitlines() knows others, which stand in captions
 
 _MISSING = ("nan", "NaN", "NA", "N/A", "<NA>", "null", "NULL", "None")  # as programs write it
@@ -351,7 +366,7 @@ def _texts(value) -> list[str]:
     if isinstance(value, list | tuple | np.ndarray):
         return [text for inner in value for text in _texts(inner)]
     missing = value is None or value != value or value in _MISSING
-    return [] if missing else [" ".join(str(value).split())]
+    return [] if missing else [" ".join(str(value).strip(_BLANK).split())]
 
 
 def _written_list(text: str) -> list[str] | None:
@@ -375,13 +390,14 @@ def _name(value) -> str:
     if isinstance(value, dict):  # a photo itself, as Hugging Face stores it
         keys = ("path", "file_name", "filename", "name")
         value = next((value[key] for key in keys if value.get(key)), None)
-    return "" if value is None else re.sub(r"#\d+$", "", str(value).strip()).replace("\\", "/")
+    name = "" if value is None else str(value).strip(_BLANK)
+    return re.sub(r"#\d+$", "", name).replace("\\", "/")
 
 
 def _fields(separator: str) -> re.Pattern:
     """Match a field with the separator before it: quoted (group 1), or not (group 2)."""
     end = f"(?={re.escape(separator)}|\\Z)"
-    quoted, plain = r'\s*"((?:[^"]|"")*)"\s*', f"([^{re.escape(separator)}]*)"
+    quoted, plain = r'\s*"((?:[^"]|""|\\")*)"\s*', f"([^{re.escape(separator)}]*)"
     return re.compile(f"(?:\\A|{re.escape(separator)})(?:{quoted}{end}|{plain})")
 
 
@@ -390,20 +406,27 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
     cut = []
     for hit in fields.finditer(record):
         raw = hit[0][1:] if cut else hit[0]
-        cut.append((raw, raw if hit[1] is None else hit[1].replace('""', '"')))
+        value = raw if hit[1] is None else hit[1]
+        if hit[1] and '"' in value.replace('""', ""):
+            value = value.replace('\\"', '"')
+        cut.append((raw, value if hit[1] is None else value.replace('""', '"')))
+    value = cut[0][1]
+    if len(cut) == 1 and value != record and len(whole := _cut(value, fields)) > 1:
+        return whole  # a line that was put between quotes
     return cut
 
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
     lines = _LINE_END.split(text)
     for i, line in enumerate(lines):  # remarks, and what Excel tells itself of the separator
-        if not re.match(r"\s*(#|sep=.$|$)", line):
+        remark = re.match(r"\s*(#|sep=.$|$)", line)
+        if not remark or any(map(names.weight, re.split("[\t|;,]", line))):
             break
         lines[i] = ""
     filled = [line for line in lines if line.strip()]
     sample = filled[:50] + filled[50 :: 1 + len(filled) // 200]
     scores = {}
-    for separator in "\t|;,":
+    for separator in "\t|;,^~":
         cuts = [_cut(line, _fields(separator)) for line in sample]
         weights = [max(names.weight(v) for _, v in cut) for cut in cuts if len(cut) > 1]
         scores[separator] = sum(weights)
@@ -411,7 +434,7 @@ def _parse_text(text: str, names: _Names) -> _Table | None:
     if not scores[separator]:
         pairs = [_pair(line) for line in sample]
         if not any(names.weight(pair[0]) for pair in pairs if len(pair) > 1):
-            return None
+            return _parse_blocks(lines, names)
         pairs = ((i, _pair(line)) for i, line in enumerate(lines, 1) if line.strip())
         rows = [(i, [(part, part) for part in parts]) for i, parts in pairs]
         return _Table("text", [], rows, " ")
@@ -419,10 +442,38 @@ def _parse_text(text: str, names: _Names) -> _Table | None:
     return _Table("text", [], _read_rows(lines, fields, separator, names), separator)
 
 
+def _parse_blocks(lines: list[str], names: _Names) -> _Table | None:
+    """Read captions below the line of their photo's name and suffix, None if few lines are so."""
+    rows, found = [], [""]
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if (name := line.removesuffix(":")) != _without_suffix(name):
+            found.append(name)
+        elif line:
+            caption = re.sub(r"^(?:[-*\u2022]|\d+[.)])\s+|^\W+$", "", line)
+            rows.append((number, [(found[-1], found[-1]), (caption, caption)]))
+    if len(rows) < len(found) - 1 or not any(map(names.weight, found)):
+        return None
+    return _Table("text, captions below the names", [], rows, "\n")
+
+
 def _pair(line: str) -> list[str]:
     """Cut a line into a name and what follows a space, or a sign such as ": ", "- " or "-> "."""
-    hit = re.match(r"\s*(\S+?)\s*(?:[:=\uff1a\u2192\u2013\u2014-]|[-=]>)?\s+(\S.*)", line)
-    return list(hit.groups()) if hit else line.split()
+    hit = _PAIR.match(line)
+    return [part for part in hit.groups() if part] if hit else line.split()
+
+
+_ANY_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(st.PHOTO_SUFFIXES, reverse=True))
+# A name with a suffix may hold spaces, and needs none before what follows.
+_PAIR = re.compile(
+    rf"\s*(?:(.+?(?:{_ANY_SUFFIX})(?:#\d+)?)"
+    r"(?:\s*(?:::?|=>?|->|\uff1a|\u2192)\s*|\s+(?:[-\u2013\u2014]\s+)?)"
+    r"|(\S+?)\s*(?:[:=\uff1a\u2192\u2013\u2014-]|[-=]>)?\s+)(\S.*)",
+    re.I,
+)
+
+
+def _is_open(record: str) -> bool:
+    return record.replace('""', "").replace('\\"', "").count('"') % 2 == 1
 
 
 def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Names) -> list:
@@ -432,13 +483,15 @@ def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Nam
     while number < len(lines):
         record, last, named = lines[number], number, 0
         # A quote that is never closed does not swallow the captions after it.
-        while record.count('"') % 2 and opens.search(record) and last + 1 < len(lines):
+        while _is_open(record) and opens.search(record) and last + 1 < len(lines):
             named += any(names.weight(value) for _, value in _cut(lines[last], fields))
             last += 1
             record += "\n" + lines[last]
             if named > 1 or last > number + 50:
                 break
-        if record.count('"') % 2 or named > 1:
+        if last > number:
+            named += any(names.weight(value) for _, value in _cut(lines[last], fields))
+        if _is_open(record) or named > 1:
             record, last = lines[number], number
         if record.strip():
             rows.append((number + 1, _cut(record, fields)))
@@ -447,7 +500,9 @@ def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Nam
 
 
 _CAPTION_HEADER = re.compile(
-    r"(?:^|[^a-z])(?:captions?|texts?|descriptions?|sentences?|comments?|raw|utterances?)(?:[^a-z]|$)"
+    r"(?:^|[^a-z])(?:captions?|texts?|descriptions?|sentences?|comments?|raw|utterances?"
+    r"|beschreibung(?:en)?|l[eé]gende|descripci[oó]n|descri[cç][aã]o|descrizione|описание|描述|说明)"
+    r"(?:[^a-z]|$)"
 )
 
 
@@ -455,7 +510,10 @@ _PHOTO_HEADER = re.compile(r"[a-z_]*(?:image|img|photo|picture|file|path|name)[a
 
 
 def _is_sentence(value) -> bool:
-    text = " ".join(_texts(value))
+    return any(map(_is_said, _texts(value)))
+
+
+def _is_said(text: str) -> bool:
     letters = sum(character.isalpha() for character in text)
     spaced = " " in text or (letters > 3 and not text.isascii())
     return letters > 2 and spaced and not text.startswith("http")
@@ -469,7 +527,9 @@ class _Columns:
     width: int
     photo: int
     caption: int
+    more: list[int]  # further columns of captions, which differ in their number: caption_2
     others: list[int]  # columns that might be captions too
+    numbered: bool  # the column before the caption holds numbers
 
     def name(self, column: int) -> str:
         return repr(self.header[column]) if self.header else f"number {column + 1}"
@@ -479,26 +539,34 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
     """Choose the photo and caption columns, by the header if there is one and by their cells."""
     rows = table.values()
     header = table.header
-    if table.separator and rows and _is_header(rows[0], names):
+    if table.separator not in ("", "\n") and rows and _is_header(rows[0], names):
         header = [cell.strip() for cell in rows.pop(0)]
         del table.rows[0]
     if not rows:
         return None
     # Unquoted captions with commas make some rows longer.
     width = len(header) or max(2, sorted(map(len, rows))[len(rows) // 20])
+    if table.separator and not header:  # or even all: what follows a comma begins with a space
+        starts = [[raw[:1] == " " for raw, _ in cells] for _, cells in table.rows]
+        spaced = [all(start[c] for start in starts if len(start) > c) for c in range(width)]
+        while width > 2 and spaced[width - 1] and not spaced[1]:
+            width -= 1
     sample = [row for row in rows if len(row) == width] or [row for row in rows if len(row) > width]
     sample = sample[:: 1 + len(sample) // 300]
     if not sample:
         return None
     columns = list(zip(*(row[:width] for row in sample), strict=True))
     weights = [sum(map(names.weight, column)) for column in columns]
-    photo = weights.index(max(weights))
+    titled = [bool(header and _PHOTO_HEADER.match(header[c].lower())) for c in range(width)]
+    photo = max(range(width), key=lambda c: (weights[c], titled[c]))
     texts = [c for c in range(width) if c != photo and weights[c] < len(sample)]
     share = {c: sum(map(_is_sentence, columns[c])) / len(sample) for c in texts}
+    texts = [c for c in texts if not all(map(_split_named, columns[c]))]
     wordy = [c for c in texts if any(ch.isalpha() for cell in columns[c] for ch in str(cell))]
     named = [c for c in wordy if header and _CAPTION_HEADER.search(header[c].lower())]
-    named = [c for c in named if share[c] > 0.3] or named
-    captions = named or [c for c in texts if share[c] > 0.3] or wordy[-1:]
+    said = [c for c in texts if share[c] > max(0.3, max(share.values()) / 2)]
+    varied = [c for c in said if len(set(map(str, columns[c]))) > 1] or said
+    captions = [c for c in named if c in said] or named or varied or wordy[-1:]
     if asked:
         known = [cell.casefold() for cell in header] or [str(c + 1) for c in range(width)]
         captions = [c for c, cell in enumerate(known) if cell == asked.casefold()]
@@ -508,7 +576,14 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
             )
     if not weights[photo] or not captions:
         return None
-    return _Columns(header, width, photo, captions[0], captions[1:])
+    first, *others = captions
+    stem = header and re.sub(r"[\W_]*\d+$", "", header[first])
+    alike = re.compile(re.escape(stem) + r"[\W_]*\d+") if stem else None
+    more = [c for c in texts if c != first and alike and alike.fullmatch(header[c])]
+    others = [c for c in others if c not in more]
+    before = [str(row[first - 1]).strip().isdigit() for row in sample]
+    numbered = first - 1 not in (-1, photo) and sum(before) > len(before) / 2
+    return _Columns(header, width, photo, first, more, others, numbered)
 
 
 def _is_header(cells: list[str], names: _Names) -> bool:
@@ -520,32 +595,43 @@ def _is_header(cells: list[str], names: _Names) -> bool:
     return short and (known or plain) and max(map(names.weight, cells)) == 0
 
 
-def _shape(cells: list, columns: _Columns, separator: str) -> list:
-    """Bring a row to the table's width."""
+def _shape(cells: list, columns: _Columns, separator: str) -> list | None:
+    """Bring a row to the table's width; None if it is not clear how."""
     if not separator:
         return cells
+    while len(cells) > columns.width and not cells[-1][0].strip():
+        cells = cells[:-1]  # ",,," as spreadsheets leave it
     values = [value for _, value in cells]
     extra, at = len(cells) - columns.width, columns.caption
-    if extra > 0:  # an unquoted caption with commas
+    # Flickr30k has a row without its second separator: "x.jpg| 4   A dog runs ."
+    last = columns.numbered and at == columns.width - 1 and len(cells) >= at
+    if last and (re.match(r"\s*\d+\s+\S", values[at - 1]) or _is_sentence(values[at - 1])):
+        whole = separator.join(raw for raw, _ in cells[at - 1 :]) if extra >= 0 else values[at - 1]
+        return [*values[: at - 1], "", re.sub(r"^\s*\d+\s+", "", whole)]
+    if extra > 0 and (columns.more or columns.others):  # a separator in which of the captions?
+        return None
+    if extra > 0:  # a caption with commas, but without quotes around it
         whole = separator.join(raw for raw, _ in cells[at : at + extra + 1])
         return [*values[:at], whole, *values[at + extra + 1 :]]
-    # Flickr30k has a row without its second separator: "x.jpg| 4   A dog runs ."
-    hit = re.match(r"\s*\d+\s+(\S.*)", values[-1])
-    if extra == -1 and hit and at == columns.width - 1:
-        return [*values[:-1], "", hit[1]]
     return values + [""] * -extra
 
 
 # Signs of a wrong encoding: replaced or control characters, Latin with Greek or Cyrillic in one
-# word, UTF-8 read as Latin letters.
+# word, UTF-8 read as Latin letters. And of a row that did not end: the name of another photo.
 _DOUBTFUL = re.compile(
     "[\ufffd\0-\x08\x0e-\x1f\x7f-\x9f]|[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]"
-    "|\xc3[\xa0-\xbf]|\xe2\u20ac"
+    "|\xc3[\xa0-\xbf]|\xe2\u20ac|\\w\\.(?i:jpe?g|png)\\b"
 )
 
 
 def _plain(text: str) -> str:
-    """Decode HTML entities ("&amp;"), drop Flickr30k Entities' tags ("[/EN#1/people Two men]")."""
+    """Remove web pages' marks ("&amp;", "<br>") and Flickr30k Entities' ("[/EN#1/people Men]").
+
+    And a quote that is never closed.
+    """
+    if text.startswith('"') and text.count('"') == 1:
+        text = text[1:].strip()
+    text = " ".join(re.sub(r"(?i)</?(?:p|br|b|i|em|span|div)(?:\s[^<>]*|/)?>", " ", text).split())
     text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     return re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text)
 
@@ -575,7 +661,7 @@ class Captions:
 
     def add(self, line: int, names: _Names, folder: Path, name: str, texts: list[str]) -> None:
         """Add a row of the table: a photo's name and its captions."""
-        texts = [_plain(text) for text in texts if text]
+        texts = [text for text in map(_plain, texts) if text]
         if not name or not texts:
             self.unread.append((line, "no caption" if name else "no photo name"))
             return
@@ -704,19 +790,25 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     if not columns:
         return None
     read = Captions(files={os.path.relpath(path, folder): st.sha256(path)})
-    how = {"\t": "a tab", " ": "a space"}.get(table.separator, repr(table.separator))
+    how = {"\t": "a tab", " ": "a space", "\n": "a line break"}.get(
+        table.separator, repr(table.separator)
+    )
     parts = f"{table.form}, {encoding}" + (f", separated by {how}" if table.separator else "")
-    photo, caption = columns.name(columns.photo), columns.name(columns.caption)
-    read.notes.append(f"{read.source()} ({parts}): photos in column {photo}, captions in {caption}")
+    photo = columns.name(columns.photo)
+    said = ", ".join(map(columns.name, (columns.caption, *columns.more)))
+    read.notes.append(f"{read.source()} ({parts}): photos in column {photo}, captions in {said}")
     if columns.others:
         listed = ", ".join(map(columns.name, columns.others))
         read.notes.append(f"captions also in {listed}: caption_column chooses another")
-    used = {columns.photo, columns.caption, *columns.others}
+    used = {columns.photo, columns.caption, *columns.more, *columns.others}
     if unused := [columns.name(c) for c in range(columns.width) if c not in used]:
         read.notes.append(f"columns that are ignored: {', '.join(unused)}")
     for line, cells in table.rows:
         values = _shape(cells, columns, table.separator)
-        texts = _texts(values[columns.caption])
+        if values is None:
+            read.unread.append((line, "more fields than columns"))
+            continue
+        texts = [t for c in (columns.caption, *columns.more) for t in _texts(values[c])]
         read.add(line, names, path.parent, _name(values[columns.photo]), texts)
     return read
 
@@ -852,6 +944,12 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
 _SPLIT_FILE = re.compile(
     r"(?:^|[^a-z])(train|val|dev|test)(?:id|idation)?(?:[^a-z]|images|$)", re.I
 )
+
+
+def _split_named(value) -> str:
+    """Return the split that a cell names and does nothing else; empty if none."""
+    hit = _SPLIT_FILE.fullmatch(str(value).strip().lower().replace("restval", "train"))
+    return hit[1].replace("dev", "val") if hit else ""
 
 
 def _split_lists(path: Path, names: _Names) -> Iterator[tuple[str, Iterable]]:

@@ -343,11 +343,11 @@ PAIRS = [(name, SENTENCES[(i + j) % 4]) for i, name in enumerate(SCENES) for j i
 CELLS = {  # what a column holds, by its header
     **dict.fromkeys(["image", "image_name", "filename", "photo", "Bild", "file"], lambda n, c: n),
     **dict.fromkeys(
-        ["caption", "comment", "text", "Description", "caption_en", "caption_1", "Beschreibung"],
+        ["caption", "comment", "text", "Description", "caption_en", "Beschreibung"],
         lambda n, c: c,
     ),
     **dict.fromkeys(["", "comment_number", "id", "Unnamed: 0"], lambda n, c: len(c)),
-    **dict.fromkeys(["caption_de", "caption_2"], lambda n, c: f"Ein Bild: {c[-6:]}"),
+    **dict.fromkeys(["caption_de"], lambda n, c: f"Ein Bild: {c[-6:]}"),
     "image_id": lambda n, c: n[:-4],
     "filepath": lambda n, c: f"data/photos/{n}",
     "path": lambda n, c: f"C:\\photos\\{n}",
@@ -377,7 +377,6 @@ CELLS = {  # what a column holds, by its header
         "path caption caption_length",
         "Bild Beschreibung",
         "photo caption_en caption_de",
-        "image caption_1 caption_2",
     ],
 )
 def test_columns_are_recognised_in_any_order(tmp_path, header, separator):
@@ -400,6 +399,124 @@ def test_another_caption_column_is_read_where_it_is_asked_for(tmp_path):
     assert "captions also in 'de'" in caption_files.read_captions(data).describe(1)
     with pytest.raises(st.ArtifactError, match=r"caption_column is 'fr'; the columns are .*de"):
         caption_files.read_captions(data, caption_column="fr")
+
+
+def test_columns_of_captions_that_differ_in_their_number_are_all_read(tmp_path):
+    text = "file_name,caption_1,caption_2\ndog.jpg,A dog runs.,It is brown.\ncat.jpg,A cat.,\n"
+    assert rows_of(tmp_path, text) == [
+        ("dog.jpg", "A dog runs."),
+        ("dog.jpg", "It is brown."),
+        ("cat.jpg", "A cat."),
+    ]
+
+
+def test_a_row_of_several_captions_with_a_comma_too_many_is_reported(tmp_path):
+    text = "image,en,de\ndog.jpg,A dog, brown,Ein Hund da\ncat.jpg,A cat sits,Eine Katze\n"
+    text += "sky.jpg,A blue sky,Ein Himmel da,,\n"
+    read = caption_files.read_captions(dataset(tmp_path, text))
+    assert read.rows == [("cat.jpg", "A cat sits"), ("sky.jpg", "A blue sky")]
+    assert read.unread == [(2, "more fields than columns")]
+
+
+@pytest.mark.parametrize(
+    "header, other",
+    [
+        ("image,caption_tokens,caption", "\"['A', 'dog']\""),
+        ("image,question,answer", "What is to be seen?"),
+        ("Datei,Autor,Beschreibung", "Jane Q. Public {}"),
+        ("image,comment_number,comment", "5"),
+    ],
+)
+def test_a_column_beside_the_captions_is_not_taken_for_them(tmp_path, header, other):
+    rows = [("dog.jpg", "A dog runs."), ("cat.jpg", "A cat sits."), ("sky.jpg", "It is blue.")]
+    lines = [f"{name},{other.format(i)},{caption}" for i, (name, caption) in enumerate(rows)]
+    assert rows_of(tmp_path, "\n".join([header, *lines])) == rows
+
+
+@pytest.mark.parametrize("row", ["dog.jpg,4 Dogs run, wet", "dog.jpg,Dogs run, wet"])
+def test_a_row_without_its_number_or_the_comma_after_it_keeps_its_caption(tmp_path, row):
+    text = f"image_name,comment_number,comment\n{row}\ncat.jpg,0,A cat sits\nsky.jpg,1,A sky\n"
+    assert rows_of(tmp_path, text)[0] == ("dog.jpg", "Dogs run, wet")
+
+
+def test_captions_that_all_have_a_comma_are_whole_without_header_and_quotes(tmp_path):
+    text = "dog.jpg,A dog, wet\ncat.jpg,A cat, asleep\nsky.jpg,A sky, at sunset\n"
+    assert rows_of(tmp_path, text)[0] == ("dog.jpg", "A dog, wet")
+
+
+def test_empty_fields_after_a_caption_are_no_part_of_it(tmp_path):
+    text = "image,caption\ndog.jpg,A dog runs.,,,\ncat.jpg,A cat, asleep,,\n"
+    assert rows_of(tmp_path, text) == [("dog.jpg", "A dog runs."), ("cat.jpg", "A cat, asleep")]
+
+
+def test_quotes_as_databases_and_spreadsheets_saved_twice_write_them(tmp_path):
+    text = 'image,caption\ndog.jpg,"A \\"wet\\" dog, 12\\" tall"\n"cat.jpg,""A cat, asleep"""\n'
+    text += '"sky.jpg,A sky, blue"\n'
+    assert rows_of(tmp_path, text) == [
+        ("dog.jpg", 'A "wet" dog, 12" tall'),
+        ("cat.jpg", "A cat, asleep"),
+        ("sky.jpg", "A sky, blue"),
+    ]
+
+
+def test_two_rows_with_an_odd_number_of_quotes_are_two(tmp_path):
+    text = 'image,caption\ndog.jpg,"A 12" dog, wet"\ncat.jpg,"A 9" cat, dry"\n'
+    assert [name for name, _ in rows_of(tmp_path, text)] == ["dog.jpg", "cat.jpg"]
+
+
+def test_a_row_that_runs_into_the_next_is_reported(tmp_path):
+    data = dataset(tmp_path, "image,caption\ndog.jpg,A dog.cat.jpg,A cat.\nsky.jpg,A sky.\n")
+    assert caption_files.read_captions(data).doubtful == [(2, "A dog.cat.jpg,A cat.")]
+
+
+def test_a_first_line_that_begins_as_a_remark_is_none_where_it_names_a_photo(tmp_path):
+    text = "#1.jpg,A dog runs.\ncat.jpg,A cat sits.\n"
+    assert rows_of(tmp_path, text, photos=["#1.jpg", "cat.jpg"])[0] == ("#1.jpg", "A dog runs.")
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\u200b"])
+def test_signs_without_width_around_names_and_captions_are_no_part_of_them(tmp_path, mark):
+    text = f"image,caption\n{mark}dog.jpg{mark},{mark}A dog.{mark}\n{mark}cat.jpg,A cat.{mark}\n"
+    assert rows_of(tmp_path, text) == [("dog.jpg", "A dog."), ("cat.jpg", "A cat.")]
+
+
+@pytest.mark.parametrize("sign", [": ", " ", ":", "->", "^", " - "])
+def test_names_with_spaces_may_stand_before_a_sign(tmp_path, sign):
+    text = f"my dog 1.jpg{sign}A dog: it runs.\nmy cat 1.jpg{sign}A cat sits.\n"
+    rows = [("my dog 1.jpg", "A dog: it runs."), ("my cat 1.jpg", "A cat sits.")]
+    assert rows_of(tmp_path, text, photos=["my dog 1.jpg", "my cat 1.jpg"]) == rows
+
+
+@pytest.mark.parametrize("colon, bullet", [("", ""), (":", "- "), ("", "1. ")])
+def test_captions_below_the_name_of_their_photo_are_read(tmp_path, colon, bullet):
+    blocks = [n + colon + "".join(f"\n{bullet}{c}" for c in GROUPS[n]) for n in SCENES]
+    text = "Captions\n\n" + "\n\n".join([*blocks, "gone.jpg\nNot here."])
+    read = caption_files.read_captions(dataset(tmp_path, text, photos=SCENES))
+    assert read.rows == PAIRS
+    assert read.unread == [(1, "no photo name")] and read.without_photo == {"gone.jpg": 1}
+
+
+def test_names_are_found_by_their_number_or_as_a_web_address_where_that_is_clear(tmp_path):
+    photos = ["COCO_val2014_000000000042.jpg", "0007.jpg", "007.jpg", "my dog.jpg"]
+    names = ["42", "42.0", "https://photos.org/my%20dog.jpg?size=large", "7", "9"]
+    text = "image,caption\n" + "".join(f"{name},A caption.\n" for name in names)
+    read = caption_files.read_captions(dataset(tmp_path, text, photos=photos))
+    assert [name for name, _ in read.rows] == [photos[0], photos[0], photos[3]]
+    assert read.without_photo == {"7": 1, "9": 1}
+    assert read.written == {"by its number": 2, "as a web address": 1}
+
+
+def test_a_number_of_a_row_is_not_taken_for_a_photo_that_is_named_by_one(tmp_path):
+    photos = [f"{i}.jpg" for i in range(4)]
+    text = "id,image,caption\n" + "".join(f"{3 - i},{i},Number {i} is here\n" for i in range(4))
+    rows = [(name, f"Number {i} is here") for i, name in enumerate(photos)]
+    assert rows_of(tmp_path, text, photos=photos) == rows
+
+
+def test_a_list_of_splits_beside_the_captions_holds_none(tmp_path):
+    dataset(tmp_path, "image,split\ndog.jpg,train\ncat.jpg,val\n", file="splits.csv")
+    dataset(tmp_path, '{"dog.jpg": "train", "cat.jpg": "val"}', file="splits.json")
+    assert rows_of(tmp_path, "dog.jpg,A dog .\n") == [("dog.jpg", "A dog .")]
 
 
 def test_a_caption_that_begins_with_a_number_is_whole(tmp_path):
@@ -429,6 +546,9 @@ def test_remarks_before_a_table_are_no_part_of_it(tmp_path, first):
 def test_signs_as_web_pages_write_them_are_read_as_signs(tmp_path):
     text = "image,caption\ndog.jpg,A man &amp; his dog&#39;s ball; AT&T &notes.\n"
     assert rows_of(tmp_path, text)[0][1] == "A man & his dog's ball; AT&T &notes."
+    text = "image,caption\ndog.jpg,<p>A <b>wet</b> dog<br/>runs.</p>\ncat.jpg,I <3 cats > dogs.\n"
+    rows = [("dog.jpg", "A wet dog runs."), ("cat.jpg", "I <3 cats > dogs.")]
+    assert rows_of(tmp_path, text) == rows
 
 
 def test_names_without_suffix_before_a_space_are_read(tmp_path):
