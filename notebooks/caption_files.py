@@ -490,7 +490,7 @@ def _read_rows(lines: list[str], fields: re.Pattern, separator: str, names: _Nam
             if named > 1 or last > number + 50:
                 break
         if last > number:
-            named += any(names.weight(value) for _, value in _cut(lines[last], fields))
+            named += any(names.weight(value) > 1 for _, value in _cut(lines[last], fields))
         if _is_open(record) or named > 1:
             record, last = lines[number], number
         if record.strip():
@@ -923,14 +923,14 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
     listed = Counter()
     for split, cells in _split_lists(path, finder):
         listed[split] += 1
-        photo = finder.find(_name(max(cells, key=finder.weight)))[0] or ""
+        photo = finder.find(_name(max(cells, key=finder.weight, default="")))[0] or ""
         if split_of.setdefault(photo, split) != split and photo:
             raise st.ArtifactError(f"{path} puts {photo} into both {split_of[photo]} and {split}.")
     if not listed["train"] or not listed["val"]:
         raise st.ArtifactError(
-            f"splits {path} must be a folder with train.txt and val.txt (test.txt is optional) or "
-            "the Flickr_8k.*Images.txt lists, or a table or Karpathy's JSON that gives the "
-            "split of each photo as train, val or test."
+            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
+            "*Images.txt lists, or to be a table or JSON file that says of each photo whether "
+            "its split is train, val or test."
         )
     split_of.pop("", None)
     for split in ("train", "val"):
@@ -942,7 +942,7 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
 
 
 _SPLIT_FILE = re.compile(
-    r"(?:^|[^a-z])(train|val|dev|test)(?:id|idation)?(?:[^a-z]|images|$)", re.I
+    r"(?:^|[^a-z])(train|val|dev|test)(?:id|idation|ing)?(?:[^a-z]|images|set|$)", re.I
 )
 
 
@@ -955,24 +955,51 @@ def _split_named(value) -> str:
 def _split_lists(path: Path, names: _Names) -> Iterator[tuple[str, Iterable]]:
     """Yield the split and the cells of each row that may name a photo."""
     table = _read_table(path, names)[0] if path.is_file() else None
-    if table:
-        rows = table.values()
-        header = [cell.strip().lower() for cell in table.header or (rows and rows.pop(0))]
-        for row in rows if "split" in header else ():
-            split = str(dict(zip(header, row, strict=False)).get("split")).strip().lower()
-            if hit := _SPLIT_FILE.search(split.replace("restval", "train")):
-                yield hit[1].lower().replace("dev", "val"), row
+    if table and (rows := table.values()) and rows[0]:
+        header = [str(cell).strip().lower() for cell in table.header or rows[0]]
+        named = [
+            sum(bool(_split_named(row[c])) for row in rows if len(row) > c)
+            for c in range(len(header))
+        ]
+        at = header.index("split") if "split" in header else named.index(max(named))
+        if "split" in header or 2 * named[at] > len(rows):
+            for row in rows:
+                split = str(row[at]).strip().lower() if len(row) > at else ""
+                if hit := _SPLIT_FILE.search(split.replace("restval", "train")):
+                    yield hit[1].lower().replace("dev", "val"), _names_first(header, row, at)
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         hit = _SPLIT_FILE.search(file.stem)
         if not hit or file.suffix.lower() not in st.TABLE_SUFFIXES:
             continue
         split = hit[1].lower().replace("dev", "val")
         text, _ = _decode(file.read_bytes())
-        lines = [line for line in text.replace('"', "").splitlines() if line.strip()]
-        rows = [[line, *re.split("[,;|\t]", line)] for line in lines]
-        if text.lstrip()[:1] in ("[", "{"):
-            with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(text)
-                value = value.get("images", []) if isinstance(value, dict) else value
-                rows = [row.values() if isinstance(row, dict) else [row] for row in value if row]
-        yield from ((split, row) for row in rows)
+        read = _read_json(text) if text.lstrip()[:1] in ("[", "{") else None
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            read = json.loads(text)["images"], "of COCO, with captions or without"
+        if read:
+            rows = [list(r.values()) if isinstance(r, dict) else [r] for r in read[0]]
+        else:
+            rows = _listed_rows(text, names)
+        yield from ((split, row) for row in rows if row)
+
+
+def _names_first(header: list[str], row: list, without: int | None = None) -> list:
+    """Put the cells whose headers are of photos first: of two that may be names, the first is."""
+    places = [i for i in range(min(len(header), len(row))) if i != without]
+    return [row[i] for i in sorted(places, key=lambda i: not _PHOTO_HEADER.match(header[i]))]
+
+
+def _listed_rows(text: str, names: _Names) -> list[list[str]]:
+    """Cut a list of photos into rows of what may be a name: the line, its cells, its parts."""
+    lines = [line for line in _LINE_END.split(text.replace('"', "")) if line.strip()]
+    rows = [re.split("[,;|\t]", line) for line in lines]
+    if len(lines) == 1 and names.weight(lines[0]) < 2:  # all in a line
+        parts = re.split(r"[\s,;|\[\]']+", lines[0])
+        if sum(names.weight(part) > 1 for part in parts) > ("[" not in lines[0]):
+            return [[part] for part in parts]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    rows = [
+        [line, *(_names_first(header, row) if len(row) == len(header) else row)]
+        for line, row in zip(lines, rows, strict=True)
+    ]
+    return [row if max(map(names.weight, row)) > 1 else row + _pair(row[0]) for row in rows]

@@ -1327,6 +1327,50 @@ def test_lists_in_any_form_are_followed(tmp_path, form):
     )
 
 
+NAMED = {"train": ["1.jpg", "2.jpg"], "val": ["3.jpg"], "test": ["4.jpg"]}
+LISTED = {name: split for split, names in NAMED.items() for name in names}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(NAMED),
+        json.dumps(LISTED),
+        json.dumps({name: {"split": split} for name, split in LISTED.items()}),
+        json.dumps({split: [n[:-4] for n in names] for split, names in NAMED.items()}),
+        "".join(f"{name},{split}\n" for name, split in LISTED.items()),
+        "image;subset\n" + "".join(f"{name};{split}\n" for name, split in LISTED.items()),
+        "id,image,split\n" + "".join(f"{5 - int(n[0])},{n[0]},{LISTED[n]}\n" for n in LISTED),
+        "split,image\n"
+        + "".join(f"{LISTED[n]}ing,{n}\n" for n in LISTED).replace("valing", "valid"),
+    ],
+)
+def test_a_single_file_of_splits_in_any_form_is_followed(tmp_path, text):
+    path = tmp_path / ("splits.json" if text.startswith("{") else "splits.csv")
+    path.write_text(text)
+    assert caption_files.split_photos(list(LISTED), 0, str(path)) == LISTED
+
+
+@pytest.mark.parametrize(
+    "suffix, write",
+    [
+        (".json", lambda names: json.dumps({name: ["A dog."] for name in names})),
+        (".json", lambda names: json.dumps({"data": [{"image": name} for name in names]})),
+        (".jsonl", lambda names: "\n".join(json.dumps({"file_name": name}) for name in names)),
+        (".txt", ",".join),
+        (".txt", " ".join),
+        (".txt", str),
+        (".txt", lambda names: "\n".join(f"{name} 0" for name in names)),
+        (".csv", lambda names: "id,image\n" + "\n".join(f"{5 - int(n[0])},{n[0]}" for n in names)),
+    ],
+)
+def test_lists_are_followed_however_they_are_written(tmp_path, suffix, write):
+    for split, names in NAMED.items():
+        file = f"{split}ing{suffix}".replace("valing", "validation")
+        (tmp_path / file).write_text(write(names))
+    assert caption_files.split_photos(list(LISTED), 0, str(tmp_path)) == LISTED
+
+
 @given(count=some.integers(10, 60), double=some.integers(1, 20), seed=some.integers(0, 5))
 @settings(max_examples=40)
 def test_copies_never_stand_in_two_splits(count, double, seed):
