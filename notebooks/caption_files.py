@@ -147,7 +147,11 @@ class _Language:
         good = 0.4 if self.common else self.weight
         if sign in _SIGNS:
             inside = before.isalpha() and after.isalpha()
+            if sign == "\xb7" and not inside:  # Catalan writes l\xb7l
+                return -2
             return -2 if inside and sign not in _JOINING else good
+        if before in "[{}\\`" or after in "[{}\\`":  # half of a Japanese sign
+            return -1
         lower = "i" if sign == "\u0130" else sign.lower()  # the Turkish capital of i
         if lower not in self.letters + "i" * ("\u0131" in self.letters):
             return -2
@@ -165,8 +169,9 @@ _JOINING = "\u2019\u2014\u2026\xb7"  # these stand between letters too
 _SIGNS = (
     _JOINING + "\u2013\u201a\u201e\u201c\u201d\u2018\xa0\xa1\xa3\xa7\xb0\xb4\xab\xbb\xbd\xbf\u20ac"
 )
-_WESTERN = ("cp1252", "mac_roman")
-_CENTRAL = ("cp1250", "iso8859_2")
+_WESTERN = ("cp1252", "mac_roman", "iso8859_15", "cp850")
+_CENTRAL = ("cp1250", "iso8859_2", "cp852")
+_BALTIC = ("cp1257", "iso8859_13")
 
 # If two fit equally well, the first is chosen.
 _LANGUAGES = [
@@ -187,6 +192,8 @@ _LANGUAGES = [
     _Language(_CENTRAL, "áéíóöúüőű"),  # Hungarian
     _Language(_CENTRAL, "âîăşţ"),  # Romanian
     _Language(_CENTRAL, "čćđšž"),  # Bosnian, Croatian, Serbian, Slovenian
+    _Language(_BALTIC, "ąčęėįšųūž"),  # Lithuanian
+    _Language(_BALTIC, "āčēģīķļņšūž"),  # Latvian
     # Names from elsewhere, and several languages in a file.
     _Language(_WESTERN, "àáâãäåæçèéêëìíîïñòóôöõøùúûüœß", weight=0.9),
     _Language(
@@ -195,6 +202,7 @@ _LANGUAGES = [
         "оеаинтср",
     ),
     _Language(("cp1253", "iso8859_7"), "αβγδεζηθικλμνξοπρσςτυφχψωάέήίόύώϊϋΐΰ", "αοιετσνη"),
+    _Language(("cp1256", "iso8859_6"), "ءآأؤإئابةتثجحخدذرزسشصضطظعغفقكلمنهوىيًٌٍَُِّْ،؛؟", "المنويرةت"),
     _Language(("cp1255",), "אבגדהוזחטיךכלםמןנסעףפץצקרשת", "יוהלארבת"),
 ]
 
@@ -214,6 +222,7 @@ def _by_letters(data: bytes) -> str | None:
                 read[encoding] = Counter(triple for triple in triples if not triple[1].isascii())
             counts = read[encoding]
             rates = sum(n * language.rate(*triple) for triple, n in counts.items())
+            rates *= 0.99 ** language.encodings.index(encoding)
             if rates / max(counts.total(), 1) > rating:
                 best, rating = encoding, rates / counts.total()
     return best

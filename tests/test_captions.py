@@ -781,17 +781,20 @@ SPOKEN = json.loads((Path(__file__).parent / "captions_of_languages.json").read_
 WRITTEN = {
     "Russian": ["cp1251", "koi8_r", "cp866", "mac_cyrillic", "iso8859_5"],
     "Ukrainian": ["cp1251", "koi8_u", "mac_cyrillic", "iso8859_5"],
-    "Polish": ["cp1250", "iso8859_2"],
-    "Czech": ["cp1250", "iso8859_2"],
+    "Polish": ["cp1250", "iso8859_2", "cp852"],
+    "Czech": ["cp1250", "iso8859_2", "cp852"],
+    "Lithuanian": ["cp1257", "iso8859_13"],
+    "Latvian": ["cp1257", "iso8859_13"],
     "Hungarian": ["cp1250", "iso8859_2"],
     "French": ["cp1252", "mac_roman"],
-    "German": ["cp1252", "mac_roman", "iso8859_2"],
-    "Spanish": ["cp1252", "mac_roman"],
+    "German": ["cp1252", "mac_roman", "iso8859_2", "cp850"],
+    "Spanish": ["cp1252", "mac_roman", "cp850"],
     "Portuguese": ["cp1252", "mac_roman"],
     "Swedish": ["cp1252", "mac_roman"],
     "Turkish": ["cp1254", "iso8859_9"],
     "Greek": ["cp1253", "iso8859_7"],
     "Hebrew": ["cp1255", "iso8859_8"],
+    "Arabic": ["cp1256", "iso8859_6"],
     "Chinese": ["gb18030"],
     "Chinese, traditional": ["big5"],
     "Japanese": ["shift_jis", "euc_jp"],
@@ -808,6 +811,13 @@ def test_ten_captions_are_read_in_every_encoding_of_their_language(language, enc
     text += "".join(f"{i}.jpg,{caption}\n" for i, caption in enumerate(SPOKEN[language]))
     read, said = caption_files._decode(text.encode(encoding))
     assert read == text and said.endswith(", as it seems")
+
+
+def test_signs_that_old_encodings_lack_are_read_as_their_followers_write_them():
+    text = "".join(
+        f"{i}.jpg,{one}\n" for i, one in enumerate(["Un bœuf, là", "Un œil", "Une élève"])
+    )
+    assert caption_files._decode(text.encode("iso8859_15"))[0] == text
 
 
 @pytest.mark.parametrize("stray", [b"\xff", b"\x9d", b"\xe0"])
