@@ -578,15 +578,16 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
     captions = [c for c in named if c in said] or named or varied or wordy[-1:]
     if asked:
         known = [cell.casefold() for cell in header] or [str(c + 1) for c in range(width)]
-        captions = [c for c, cell in enumerate(known) if cell == asked.casefold()]
-        if not captions:
+        found = [c for c, cell in enumerate(known) if cell == asked.casefold()]
+        captions = [*found, *(c for c in captions if c not in found)]
+        if not found:
             raise st.ArtifactError(
                 f"caption_column is {asked!r}; the columns are {', '.join(known)}."
             )
     if not weights[photo] or not captions:
         return None
     first, *others = captions
-    stem = header and re.sub(r"[\W_]*\d+$", "", header[first])
+    stem = header and not asked and re.sub(r"[\W_]*\d+$", "", header[first])
     alike = re.compile(re.escape(stem) + r"[\W_]*\d+") if stem else None
     more = [c for c in texts if c != first and alike and alike.fullmatch(header[c])]
     others = [c for c in others if c not in more]
@@ -640,7 +641,9 @@ def _plain(text: str) -> str:
     """
     if text.startswith('"') and text.count('"') == 1:
         text = text[1:].strip()
-    text = " ".join(re.sub(r"(?i)</?(?:p|br|b|i|em|span|div)(?:\s[^<>]*|/)?>", " ", text).split())
+    if "<" in text:
+        text = re.sub(r"(?i)</?(?:p|br|b|i|em|span|div)(?:\s[^<>]*|/)?>", " ", text)
+        text = " ".join(text.split())
     text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     return re.sub(r"&#?\w+;", lambda hit: html.unescape(hit[0]), text)
 
