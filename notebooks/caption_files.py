@@ -27,7 +27,9 @@ _WRITTEN = {
     "if letter case and Unicode form are ignored": lambda name: unicodedata.normalize(
         "NFC", name
     ).casefold(),
-    "without suffix": lambda name: _without_suffix(unicodedata.normalize("NFC", name).casefold()),
+    "if the suffix is ignored": lambda name: _without_suffix(
+        unicodedata.normalize("NFC", name).casefold()
+    ),
     "as a web address": lambda name: _without_suffix(
         unicodedata.normalize("NFC", unquote(name.partition("?")[0])).casefold()
     ),
@@ -536,7 +538,6 @@ class _Columns:
     width: int
     photo: int
     caption: int
-    more: list[int]  # further columns of captions, which differ in their number: caption_2
     others: list[int]  # columns that might be captions too
     numbered: bool  # the column before the caption holds numbers
 
@@ -587,13 +588,9 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
     if not weights[photo] or not captions:
         return None
     first, *others = captions
-    stem = header and not asked and re.sub(r"[\W_]*\d+$", "", header[first])
-    alike = re.compile(re.escape(stem) + r"[\W_]*\d+") if stem else None
-    more = [c for c in texts if c != first and alike and alike.fullmatch(header[c])]
-    others = [c for c in others if c not in more]
     before = [str(row[first - 1]).strip().isdigit() for row in sample]
     numbered = first - 1 not in (-1, photo) and sum(before) > len(before) / 2
-    return _Columns(header, width, photo, first, more, others, numbered)
+    return _Columns(header, width, photo, first, others, numbered)
 
 
 def _is_header(cells: list[str], names: _Names) -> bool:
@@ -618,7 +615,7 @@ def _shape(cells: list, columns: _Columns, separator: str) -> list | None:
     if last and (re.match(r"\s*\d+\s+\S", values[at - 1]) or _is_sentence(values[at - 1])):
         whole = separator.join(raw for raw, _ in cells[at - 1 :]) if extra >= 0 else values[at - 1]
         return [*values[: at - 1], "", re.sub(r"^\s*\d+\s+", "", whole)]
-    if extra > 0 and (columns.more or columns.others):  # a separator in which of the captions?
+    if extra > 0 and columns.others:  # a separator in which of the captions?
         return None
     if extra > 0:  # a caption with commas, but without quotes around it
         whole = separator.join(raw for raw, _ in cells[at : at + extra + 1])
@@ -807,12 +804,12 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
     )
     parts = f"{table.form}, {encoding}" + (f", separated by {how}" if table.separator else "")
     photo = columns.name(columns.photo)
-    said = ", ".join(map(columns.name, (columns.caption, *columns.more)))
+    said = columns.name(columns.caption)
     read.notes.append(f"{read.source()} ({parts}): photos in column {photo}, captions in {said}")
     if columns.others:
         listed = ", ".join(map(columns.name, columns.others))
         read.notes.append(f"captions also in {listed}: caption_column chooses another")
-    used = {columns.photo, columns.caption, *columns.more, *columns.others}
+    used = {columns.photo, columns.caption, *columns.others}
     if unused := [columns.name(c) for c in range(columns.width) if c not in used]:
         read.notes.append(f"columns that are ignored: {', '.join(unused)}")
     for line, cells in table.rows:
@@ -820,7 +817,7 @@ def _read_captions_of(path: Path, names: _Names, asked: str, folder: Path) -> Ca
         if values is None:
             read.unread.append((line, "more fields than columns"))
             continue
-        texts = [t for c in (columns.caption, *columns.more) for t in _texts(values[c])]
+        texts = _texts(values[columns.caption])
         read.add(line, names, path.parent, _name(values[columns.photo]), texts)
     return read
 
@@ -940,9 +937,9 @@ def _listed_splits(names: Sequence[str], path: Path) -> dict[str, str]:
             raise st.ArtifactError(f"{path} puts {photo} into both {split_of[photo]} and {split}.")
     if not listed["train"] or not listed["val"]:
         raise st.ArtifactError(
-            f"splits {path} needs train.txt and val.txt (test.txt is optional), the Flickr_8k."
-            "*Images.txt lists, or to be a table or JSON file that says of each photo whether "
-            "its split is train, val or test."
+            f"splits {path} must be a folder with train.txt and val.txt (test.txt is optional) or "
+            "the Flickr_8k.*Images.txt lists, or a table or JSON that gives the split of each "
+            "photo as train, val or test."
         )
     split_of.pop("", None)
     for split in ("train", "val"):

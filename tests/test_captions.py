@@ -401,14 +401,6 @@ def test_another_caption_column_is_read_where_it_is_asked_for(tmp_path):
         caption_files.read_captions(data, caption_column="fr")
 
 
-def test_columns_of_captions_that_differ_in_their_number_are_all_read(tmp_path):
-    text = "file_name,caption_1,caption_2\ndog.jpg,A dog runs.,It is brown.\ncat.jpg,A cat.,\n"
-    data = dataset(tmp_path, text)
-    rows = [("dog.jpg", "A dog runs."), ("dog.jpg", "It is brown."), ("cat.jpg", "A cat.")]
-    assert caption_files.read_captions(data).rows == rows
-    assert caption_files.read_captions(data, caption_column="caption_2").rows == rows[1:2]
-
-
 def test_a_row_of_several_captions_with_a_comma_too_many_is_reported(tmp_path):
     text = "image,en,de\ndog.jpg,A dog, brown,Ein Hund da\ncat.jpg,A cat sits,Eine Katze\n"
     text += "sky.jpg,A blue sky,Ein Himmel da,,\n"
