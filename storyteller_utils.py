@@ -2501,6 +2501,10 @@ class _Constraints:
         if both := set(self.never) & {*self.start, *must}:
             words = ", ".join(vocab.words[i] for i in both)
             raise ValueError(f"{words}: required by start or must, but forbidden by never")
+        if len(self.start) >= decoding.max_length:
+            raise ValueError(
+                f"max_length={decoding.max_length} leaves no room for words after start"
+            )
         if self.max_chars:
             # Each with the space before it: one too many for words joined to the last one ("n't").
             lengths = [len(word) + 1 for word in vocab.words]

@@ -824,7 +824,7 @@ def calibrate(run: st.Run, storyteller: st.Storyteller) -> np.ndarray:
     scores = np.array([hypothesis.score for hypothesis in found])  # (N,)
     words = [storyteller.vocab.decode(hypothesis.ids) for hypothesis in found]
     others = st.CiderD([group[1:] or group for group in references])
-    people = max(others.score([group[0] for group in references]).mean(), 1e-9)
+    people = others.score([group[0] for group in references]).mean() or 1  # they may have no word
     shares = st.CiderD(references).score(words) / people  # (N,)
     train, vectors = (features.vectors(rows) for rows in (data.rows["train"], photos))  # (N, D)
     storyteller.calibrate(scores, shares, vectors, train)

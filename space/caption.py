@@ -112,6 +112,8 @@ def _paths(given: str) -> Iterator[Path]:
     elif path.is_dir():
         yield from _walk(path)
     elif path.suffix == ".txt" and path.is_file():
+        if _is_beside_photo(path):  # its captions, which photos/* brings along
+            return
         with open(path, "rb") as file:
             yield from _listed(file, path.parent)
     elif path.exists():
@@ -127,6 +129,12 @@ def _paths(given: str) -> Iterator[Path]:
             yield from _paths(match)
     else:
         yield path  # it does not exist: its row says so
+
+
+def _is_beside_photo(path: Path) -> bool:
+    """Return whether a text file is named after a photo, as --to txt does: dog.txt, dog.jpg.txt."""
+    named = (path.with_suffix(s) for suffix in st.PHOTO_SUFFIXES for s in (suffix, suffix.upper()))
+    return any(photo.is_file() for photo in (path.with_suffix(""), *named))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -589,7 +597,12 @@ def positive(text: str) -> int:
 
 def place(text: str) -> Path | str:
     """Return a path, or a URI as it is, as `Path` would mangle it."""
-    return text if "://" in text else Path(text)
+    if "://" in text:
+        return text
+    if text.endswith(os.sep):  # a folder, also where there is none yet
+        with contextlib.suppress(OSError):
+            os.makedirs(text, exist_ok=True)
+    return Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -695,8 +708,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Caption on this machine. Returns how many photos failed."""
     options = options_of(arguments)
     # Before --overwrite deletes anything; standard input can be read only once.
-    found = [given == "-" or next(find_files([given]), None) for given in arguments.photos]
-    if not any(found):
+    counts = os.path.exists if arguments.overwrite else bool
+    if not any(given == "-" or any(map(counts, find_files([given]))) for given in arguments.photos):
         raise st.ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
     storytellers = load_captioners(arguments.model, options)
     # Last, as a search's options say 1 of its captions however many of them are written.

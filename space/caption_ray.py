@@ -480,9 +480,10 @@ class Written:
 
 
 def open_rows(place: Place, schema: pa.Schema, strict: bool = True) -> pyarrow.dataset.Dataset:
-    """Open the Parquet files of a folder, except hidden and, unless `strict`, broken ones."""
+    """Open the Parquet files in a folder, except, unless `strict`, broken ones."""
+    listed = place.files.get_file_info(fs.FileSelector(place.path, allow_not_found=True))
     return pyarrow.dataset.dataset(
-        place.path,
+        [info.path for info in listed if info.path.endswith(".parquet")],
         schema=schema,
         format="parquet",
         filesystem=place.files,

@@ -12,8 +12,10 @@ XMP = {
     "dc": "http://purl.org/dc/elements/1.1/",
     "Iptc4xmpCore": "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/",
     "photoshop": "http://ns.adobe.com/photoshop/1.0/",
+    "storyteller": "urn:neural-storyteller",
 }
 DESCRIPTIONS = (("dc", "description"), ("Iptc4xmpCore", "AltTextAccessibility"))
+WRITER, CAPTION = ("photoshop", "CaptionWriter"), ("storyteller", "caption")
 EMPTY_SIDECAR = (
     f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{XMP["rdf"]}"></rdf:RDF></x:xmpmeta>'
 )
@@ -43,18 +45,20 @@ def write_sidecar(photo: Path, text: str, replace: bool = False) -> bool:
     except Exception as error:
         raise ValueError(f"{path.name} is no XMP sidecar: {error}") from None
     nodes = [n for n in rdf.childNodes if n.nodeType == n.ELEMENT_NODE]
-    by_machine = any(_property(node, "photoshop", "CaptionWriter") == MACHINE for node in nodes)
-    described = any(_property(node, *name) for node in nodes for name in DESCRIPTIONS)
-    if described and not by_machine and not replace:
+    written = {_property(node, *name) for node in nodes for name in DESCRIPTIONS}
+    # What we wrote stands there twice: a description that a person has changed since differs.
+    ours = {_property(node, *CAPTION) for node in nodes}
+    if written - ours - {""} and not replace:
         return False
     for node in nodes:
-        for name in (*DESCRIPTIONS, ("photoshop", "CaptionWriter")):
+        for name in (*DESCRIPTIONS, WRITER, CAPTION):
             _remove(node, *name)
     node = rdf.appendChild(document.createElement("rdf:Description"))
     for prefix, uri in XMP.items():
         node.setAttribute(f"xmlns:{prefix}", uri)
     node.setAttribute("rdf:about", nodes[0].getAttributeNS(XMP["rdf"], "about") if nodes else "")
-    node.setAttribute("photoshop:CaptionWriter", MACHINE)
+    node.setAttribute(":".join(WRITER), MACHINE)
+    node.setAttribute(":".join(CAPTION), text)
     for name in DESCRIPTIONS:
         languages = node.appendChild(document.createElement(":".join(name)))
         item = languages.appendChild(document.createElement("rdf:Alt"))

@@ -256,7 +256,7 @@ def test_a_note_that_is_half_written_is_refused_and_may_be_overwritten(photos, s
 
 
 @fast
-@pytest.mark.parametrize("given", ["none-*.png", "empty"])
+@pytest.mark.parametrize("given", ["none-*.png", "empty", "fotos"])
 def test_nothing_is_overwritten_where_there_are_no_photos(photos, stub, given):
     Path("empty").mkdir()
     run(photos / "a.png", "--out", "captions.jsonl")
@@ -327,6 +327,14 @@ def test_text_files_stand_beside_the_photos_and_none_is_replaced(photos, stub, c
         "Brightness 0, of course.",
         "BRIGHTNESS 0, OF COURSE.",
     ]
+    # They are no lists where a pattern brings them along.
+    assert found("photos/[a-b]*") == ["photos/a.jpg", "photos/a.png", "photos/b.png"]
+
+
+@fast
+def test_a_folder_for_the_output_is_made_if_its_name_says_that_it_is_one(photos, stub):
+    assert run(photos / "a.png", "--out", "new/folder/") == 0
+    assert rows(Path("new/folder/metadata.jsonl"))[0]["file_name"] == str(photos / "a.png")
 
 
 @fast
@@ -553,8 +561,14 @@ def test_a_machines_description_is_replaced_and_a_later_xmp_run_adds_what_is_mis
     path = save(photos / "a.png", 50)
     assert caption_xmp.write_sidecar(path, "An old caption <&>.")
     assert caption_xmp.write_sidecar(path, "A new caption <&>.")
+    written = caption_xmp.sidecar(path).read_text()
+    corrected = written.replace('x-default">A new caption', 'x-default">My new caption')
+    caption_xmp.sidecar(path).write_text(corrected)
+    assert corrected != written and not caption_xmp.write_sidecar(path, "A third caption.")
+    assert caption_xmp.sidecar(path).read_text() == corrected
+    caption_xmp.sidecar(path).write_text(written)
     text = caption_xmp.sidecar(path).read_text()
-    assert "old" not in text and text.count("A new caption &lt;&amp;&gt;.") == 2
+    assert "old" not in text and text.count("A new caption &lt;&amp;&gt;.") == 3
     out = photos / "metadata.jsonl"
     run(photos, "--out", out)
     stub.batches.clear()

@@ -129,6 +129,7 @@ def test_a_caption_begins_with_has_and_lacks_the_words_asked_for(client):
         ({"must": "zebra"}, "The captioner does not know zebra"),
         ({"must": "snow", "never": "snow"}, "snow: required by start or must, but forbidden"),
         ({"max_chars": 5}, "max_chars=5 leaves no room"),
+        ({"start": "a " * 40}, "max_length=30 leaves no room"),
         ({"max_chars": 1001}, "1000"),
         ({"start": "a " * 51}, "start has 102 characters; the limit is 100"),
         ({"method": "sample", "must": "snow"}, "must"),
