@@ -315,7 +315,7 @@ def _records(value) -> list:
     if isinstance(images, list) or isinstance(annotations, list) or (len(lists) == 1 and not named):
         return images or annotations or next(iter(lists.values()), [])
     is_split = _SPLIT_FILE.search if lists == filled else _SPLIT_FILE.fullmatch
-    if len(filled) > 1 and all(map(is_split, filled)):  # below the name of their split
+    if len(filled) > 1 and all(map(is_split, filled)):  # under the names of their splits
         return [
             (record if isinstance(record, dict) else {"image": record}) | {"split": split}
             for split, records in filled.items()
@@ -429,9 +429,9 @@ def _cut(record: str, fields: re.Pattern) -> list[tuple[str, str]]:
 
 def _parse_text(text: str, names: _Names) -> _Table | None:
     lines = _LINE_END.split(text)
-    for i, line in enumerate(lines):  # remarks, and what Excel tells itself of the separator
-        remark = re.match(r"\s*(#|sep=.$|$)", line)
-        if not remark or any(map(names.weight, re.split("[\t|;,]", line))):
+    for i, line in enumerate(lines):  # comments, and Excel's line that names the separator
+        comment = re.match(r"\s*(#|sep=.$|$)", line)
+        if not comment or any(map(names.weight, re.split("[\t|;,]", line))):
             break
         lines[i] = ""
     filled = [line for line in lines if line.strip()]
