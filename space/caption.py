@@ -133,8 +133,10 @@ def _paths(given: str) -> Iterator[Path]:
 
 def _is_beside_photo(path: Path) -> bool:
     """Return whether a text file is named after a photo, as --to txt does: dog.txt, dog.jpg.txt."""
-    named = (path.with_suffix(s) for suffix in st.PHOTO_SUFFIXES for s in (suffix, suffix.upper()))
-    return any(photo.is_file() for photo in (path.with_suffix(""), *named))
+    suffixes = [s for suffix in st.PHOTO_SUFFIXES for s in (suffix, suffix.upper())]
+    named = [path.with_suffix(suffix) for suffix in suffixes]
+    named += [path.with_suffix("")] * is_photo(path.stem)
+    return any(photo.is_file() for photo in named)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -109,6 +109,7 @@ def test_folders_globs_lists_and_files_give_their_photos_in_order(photos, monkey
         *(f"photos/sub/{x}.png" for x in "de"),
         "photos/z.png",
     ]
+    (photos / "list").write_text("not a photo that list.txt would be the caption of")
     (photos / "list.txt").write_text("b.png\r\n\nsub/d.png\nphotos/a.png\nnone.png\n")
     listed = ["photos/b.png", "photos/sub/d.png", "photos/a.png", "none.png"]
     assert found("photos/list.txt") == listed
