@@ -154,27 +154,36 @@ def build_static_space(model_dir: Path | str, out_dir: Path | str, int8: bool = 
     Returns `out_dir`. ArtifactError if anything is missing, if the captioner cannot be exported or
     its captions change by that, or if `out_dir` holds something else.
     """
+    return _write_static_space(Path(out_dir), _static_contents(model_dir, int8))
+
+
+def build_static_if_possible(model_dir: Path | str, out_dir: Path | str) -> Path | None:
+    """Compose a static Space as `build_static_space` does, or say what for one is missing."""
+    try:
+        contents = _static_contents(model_dir)
+    except st.ArtifactError as error:
+        print(f"No static Space: {error}")
+        return None
+    return _write_static_space(Path(out_dir), contents)  # a full disk is an error
+
+
+def _static_contents(model_dir: Path | str, int8: bool = False) -> dict[str, bytes]:
+    """Export a captioner and return the files of its static Space."""
     _check_packages()
-    out, browser = Path(out_dir), find_browser()
+    browser = find_browser()
     sys.path.append(str(browser))
     import export
 
     with tempfile.TemporaryDirectory() as exported:
         export.export(model_dir, exported, int8, HERE / "examples")
         files = static_files(browser, Path(exported), HERE / "examples")
-        contents = {name: path.read_bytes() for name, path in files.items()}
+        return {name: path.read_bytes() for name, path in files.items()}
+
+
+def _write_static_space(out: Path, contents: dict[str, bytes]) -> Path:
     _write_build(out, contents, entry="index.html")
     zip_space(out)
     return out
-
-
-def build_static_if_possible(model_dir: Path | str, out_dir: Path | str) -> Path | None:
-    """Compose a static Space as `build_static_space` does, or say why there is none."""
-    try:
-        return build_static_space(model_dir, out_dir)
-    except st.ArtifactError as error:
-        print(f"No static Space: {error}")
-        return None
 
 
 def find_browser() -> Path:

@@ -248,6 +248,20 @@ def test_what_a_static_space_lacks_is_said_in_a_sentence(tmp_path, monkeypatch, 
     assert publish.find_browser() == attached
 
 
+def test_a_full_disk_is_an_error_and_leaves_no_half_of_a_static_space_unsaid(
+    export, tmp_path, monkeypatch
+):
+    def fill(_):
+        raise st.ArtifactError("static.zip cannot be written: No space left on device.")
+
+    monkeypatch.setattr(export, "export", lambda *_: None)
+    page = {"index.html": ROOT / "space/browser/index.html"}
+    monkeypatch.setattr(publish, "static_files", lambda *_: page)
+    monkeypatch.setattr(publish, "zip_space", fill)
+    with pytest.raises(st.ArtifactError, match="No space left"):
+        publish.build_static_if_possible(ROOT / "space/model", tmp_path / "static")
+
+
 def test_on_kaggle_one_sentence_says_what_to_install_and_what_to_attach(
     tmp_path, monkeypatch, capsys
 ):
