@@ -571,7 +571,7 @@ def _choose_columns(table: _Table, names: _Names, asked: str) -> _Columns | None
     photo = max(range(width), key=lambda c: (weights[c], titled[c]))
     texts = [c for c in range(width) if c != photo and weights[c] < len(sample)]
     share = {c: sum(map(_is_sentence, columns[c])) / len(sample) for c in texts}
-    texts = [c for c in texts if not all(map(_split_named, columns[c]))]
+    texts = [c for c in texts if not all(map(_split_of, columns[c]))]
     wordy = [c for c in texts if any(ch.isalpha() for cell in columns[c] for ch in str(cell))]
     named = [c for c in wordy if header and _CAPTION_HEADER.search(header[c].lower())]
     said = [c for c in texts if share[c] > max(0.3, max(share.values()) / 2)]
@@ -955,9 +955,9 @@ _SPLIT_FILE = re.compile(
 )
 
 
-def _split_named(value) -> str:
-    """Return the split that a cell names and does nothing else; empty if none."""
-    hit = _SPLIT_FILE.fullmatch(str(value).strip().lower().replace("restval", "train"))
+def _split_of(cell, match=_SPLIT_FILE.fullmatch) -> str:
+    """Return the split that a cell is the name of (by `search`: that it mentions), or ""."""
+    hit = match(str(cell).strip().lower().replace("restval", "train"))
     return hit[1].replace("dev", "val") if hit else ""
 
 
@@ -967,29 +967,32 @@ def _split_lists(path: Path, names: _Names) -> Iterator[tuple[str, Iterable]]:
     if table and (rows := table.values()) and rows[0]:
         header = [str(cell).strip().lower() for cell in table.header or rows[0]]
         named = [
-            sum(bool(_split_named(row[c])) for row in rows if len(row) > c)
-            for c in range(len(header))
+            sum(bool(_split_of(row[c])) for row in rows if len(row) > c) for c in range(len(header))
         ]
         at = header.index("split") if "split" in header else named.index(max(named))
         if "split" in header or 2 * named[at] > len(rows):
             for row in rows:
-                split = str(row[at]).strip().lower() if len(row) > at else ""
-                if hit := _SPLIT_FILE.search(split.replace("restval", "train")):
-                    yield hit[1].lower().replace("dev", "val"), _names_first(header, row, at)
+                if len(row) > at and (split := _split_of(row[at], _SPLIT_FILE.search)):
+                    yield split, _names_first(header, row, at)
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         hit = _SPLIT_FILE.search(file.stem)
         if not hit or file.suffix.lower() not in st.TABLE_SUFFIXES:
             continue
         split = hit[1].lower().replace("dev", "val")
         text, _ = _decode(file.read_bytes())
-        read = _read_json(text) if text.lstrip()[:1] in ("[", "{") else None
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-            read = json.loads(text)["images"], "of COCO, with captions or without"
-        if read:
-            rows = [list(r.values()) if isinstance(r, dict) else [r] for r in read[0]]
-        else:
-            rows = _listed_rows(text, names)
+        rows = _listed_json(text) or _listed_rows(text, names)
         yield from ((split, row) for row in rows if row)
+
+
+def _listed_json(text: str) -> list[list]:
+    """Read a list of photos as JSON, in COCO's all images; empty if it is none."""
+    records = []
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            records = json.loads(text)["images"]  # those without captions too
+        if not records and (read := _read_json(text)):
+            records, _ = read
+    return [list(r.values()) if isinstance(r, dict) else [r] for r in records]
 
 
 def _names_first(header: list[str], row: list, without: int | None = None) -> list:

@@ -710,9 +710,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Caption on this machine. Returns how many photos failed."""
     options = options_of(arguments)
     # Before --overwrite deletes anything; standard input can be read only once.
-    counts = os.path.exists if arguments.overwrite else bool
-    if not any(given == "-" or any(map(counts, find_files([given]))) for given in arguments.photos):
-        raise st.ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
+    if "-" not in arguments.photos:
+        files = find_files(arguments.photos)
+        if not any(os.path.exists(file) or not arguments.overwrite for file in files):
+            raise st.ArtifactError(f"No photos in {', '.join(arguments.photos)}.")
     storytellers = load_captioners(arguments.model, options)
     # Last, as a search's options say 1 of its captions however many of them are written.
     meta = {"captioner": fingerprint(storytellers[0]), **options, "captions": arguments.captions}
