@@ -597,16 +597,6 @@ def positive(text: str) -> int:
     return number
 
 
-def place(text: str) -> Path | str:
-    """Return a path, or a URI as it is, as `Path` would mangle it."""
-    if "://" in text:
-        return text
-    if text.endswith(os.sep):  # a folder, also where there is none yet
-        with contextlib.suppress(OSError):
-            os.makedirs(text, exist_ok=True)
-    return Path(text)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="storyteller_utils.py caption",
@@ -621,7 +611,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder or Hub id (default: %(default)s)",
     )
     add("--to", choices=FORMATS, help="default: by the suffix of --out, else jsonl")
-    add("--out", type=place, metavar="FILE|FOLDER", help="default: standard output")
+    add("--out", metavar="FILE|FOLDER", help="default: standard output")
     add("--overwrite", action="store_true", help="replace captions written before")
     add("--full-name", action="store_true", help="--to txt: photo.jpg.txt, not photo.txt")
     add("--xmp", action="store_true", help="also write photo.jpg.xmp, for photo managers")
@@ -668,7 +658,7 @@ def options_of(arguments: argparse.Namespace) -> dict:
 
 def open_output(arguments: argparse.Namespace):
     """Return the output that the arguments name, and its folder (None on standard output)."""
-    out, kind = arguments.out, arguments.to
+    out, kind = arguments.out and Path(arguments.out), arguments.to
     if out and not kind and out.suffix[1:] in FORMATS:
         kind = out.suffix[1:]
     kind = kind or "jsonl"
@@ -684,6 +674,8 @@ def open_output(arguments: argparse.Namespace):
         plain = single and suffix not in (".txt", ".tar") and sys.stdout.isatty()
         rows = Csv(Path(), arguments.captions) if kind == "csv" else JsonLines(Path())
         return Lines(None if plain and not arguments.to else rows), None
+    if arguments.out.endswith(os.sep):  # a folder, also if there is none yet
+        out.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         out = out / f"metadata.{kind}"
     out = Path(os.path.abspath(out))
