@@ -382,7 +382,10 @@ def working_folder(model: str, folder: Path, local: bool) -> str:
 
 def connect(address: str, folder: str) -> None:
     """Join a cluster, or start one on this machine, whose processes find modules in `folder`."""
-    options = {"address": address, "runtime_env": {"working_dir": folder}, "log_to_driver": False}
+    # Ray's threads begin before a network asks malloc to keep its memory: set from the start, they
+    # have no heaps of their own, which end at 64 MB and would return a layer's memory each time.
+    environment = {"working_dir": folder, "env_vars": {"MALLOC_ARENA_MAX": "1"}}
+    options = {"address": address, "runtime_env": environment, "log_to_driver": False}
     if address == "local":
         # More cores than there are, since the spare ones mostly wait for disks and buckets.
         options |= {"num_cpus": (os.cpu_count() or 1) + 2 * SPARE, "include_dashboard": False}

@@ -1,5 +1,6 @@
 """Run stages in tests as their notebooks do, or the notebooks themselves."""
 
+import multiprocessing
 import shutil
 import sys
 from functools import cache
@@ -11,6 +12,9 @@ import nbformat
 import storyteller_utils as st
 
 ROOT = Path(__file__).resolve().parents[1]
+# Processes that begin with torch imported, which takes longer than what most of them do.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["nltk", "pandas", "torch", "torch._dynamo"])
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

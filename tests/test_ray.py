@@ -51,6 +51,7 @@ import caption, caption_ray
 
 class Faulty(caption_ray.Captions):
     def caption(self, rows):
+        assert os.environ["MALLOC_ARENA_MAX"] == "1"  # a layer's memory is kept
         time.sleep({pause} * len(rows))
         if any(row["data"] == b"FATAL" for row in rows):
             os.kill(os.getpid(), signal.SIGKILL)

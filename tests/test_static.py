@@ -35,12 +35,11 @@ SIDE = 96  # small, for speed: a grid of 3 x 3 that is pooled to 7 x 7
 
 @pytest.fixture(scope="session")
 def export():
-    import importlib.util
+    """The module that publish.py imports."""
+    sys.path.append(str(ROOT / "space/browser"))
+    import export
 
-    spec = importlib.util.spec_from_file_location("export", ROOT / "space/browser/export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return export
 
 
 def save_captioner(

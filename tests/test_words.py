@@ -236,7 +236,7 @@ def test_real_captions_have_the_tokens_of_cocos_tokenizer(form, step, monkeypatc
 @needs_java
 @needs_photos
 def test_the_remaining_difference_does_not_move_bleu_and_cider(monkeypatch):
-    texts = [as_typed(text) for text in captions()[:10_000]]
+    texts = [as_typed(text) for text in captions()[:5_000]]
     scores = []
     for tokens in (coco(texts, monkeypatch), [*map(st.tokenize, texts)]):
         groups = [tokens[i : i + 5] for i in range(0, len(tokens), 5)]
