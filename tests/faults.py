@@ -9,7 +9,6 @@ says what to do. Moments and bytes are drawn from a seed.
 
 import collections
 import contextlib
-import multiprocessing
 import os
 import random
 import re
@@ -30,9 +29,10 @@ import nbformat
 # Before torch: workers and programs get one thread each.
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 import sample  # noqa: E402
 import storyteller_utils as st  # noqa: E402
+from support import FORKS  # noqa: E402
 
 SEED, PHOTOS, KILLS = 13, 40, 20
 SETTINGS = {
@@ -43,10 +43,6 @@ SETTINGS = {
     "05_deploy": "",
 }
 SLOW = 180
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["IPython", "matplotlib.figure", "nbformat", "nltk", "pandas", "torch"]
-)
 
 
 @dataclass

@@ -14,7 +14,9 @@ import storyteller_utils as st
 ROOT = Path(__file__).resolve().parents[1]
 # Processes that begin with torch imported, which takes longer than what most of them do.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["nltk", "pandas", "torch", "torch._dynamo"])
+FORKS.set_forkserver_preload(
+    ["IPython", "matplotlib.figure", "nbformat", "nltk", "pandas", "torch", "torch._dynamo"]
+)
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -32,6 +31,15 @@ import training
 from support import FORKS, begin_stage
 
 SMALL = {"epochs": 3, "batch_size": 32, "precision": "float32"}
+SIZES = st.RECIPES["original"]["sizes"]  # what workers in processes of their own train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_lstm():
+    """Most tests train a smaller LSTM than the recipe's, in a fifth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(st.RECIPES["original"], "sizes", {"embedding": 64, "hidden": 128})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +144,19 @@ def taken_up(state, **settings):
     return trainer
 
 
-def be_worker(folder, status):
+def be_worker(folder, status, sizes):
     os.chdir(folder)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.argv = [st.__file__, "train", status]
-    runpy.run_path(st.__file__, run_name="__main__")
+    st.RECIPES["original"]["sizes"] = sizes
+    st.main()
 
 
 def start_worker(run):
     """Start what `launch` starts, without waiting for its end."""
     st.set_status(run.out, job=run.job())
-    worker = FORKS.Process(target=be_worker, args=(Path.cwd(), str(run.out / "status.json")))
+    arguments = Path.cwd(), str(run.out / "status.json"), st.RECIPES["original"]["sizes"]
+    worker = FORKS.Process(target=be_worker, args=arguments)
     worker.start()
     return worker
 
@@ -176,14 +186,15 @@ def assert_same(one, other):
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_does_not():
-    one, other, third = undisturbed(), trained(begin()).progress, undisturbed(seed=14)
-    assert_same(one["model"], other.model.state_dict())
-    assert without_clock(one["history"]) == without_clock(other.history)
-    assert without_clock(third["history"]) != without_clock(other.history)
+    one, run, third = undisturbed(), begin(), undisturbed(seed=14)
+    trained(run)
+    assert_same(one["model"], last(run)["model"])
+    assert without_clock(one["history"]) == without_clock(last(run)["history"])
+    assert without_clock(third["history"]) != without_clock(one["history"])
 
 
 def test_it_learns():
-    history = undisturbed(epochs=8)["history"]
+    history = undisturbed(epochs=8, learning_rate=0.005)["history"]
     assert history[-1]["train_loss"] < history[0]["train_loss"] * 0.7
     assert history[-1]["val_loss"] < history[0]["val_loss"] * 0.7
 
@@ -805,6 +816,7 @@ def test_the_loss_does_not_choose_among_self_critical_epochs():
 
 def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_ends_like_one_process(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(st.RECIPES["original"], "sizes", SIZES)
     settings = {"dropout": 0, "epochs": 6, "batch_size": 25}
     expected, run, failures = undisturbed(**settings), begin(**settings), []
 
@@ -844,6 +856,7 @@ def test_a_killed_worker_ends_the_run_of_both_and_the_next_run_ends_like_one_pro
 
 def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(st.RECIPES["original"], "sizes", SIZES)
     settings = {"dropout": 0, "epochs": 2, "batch_size": 25}
     expected = undisturbed(**settings)
     with socket.socket() as probe:
@@ -875,8 +888,9 @@ def test_two_machines_train_what_one_does(tmp_path, monkeypatch, capsys):
 
 
 def test_self_critical_training_raises_the_reward(monkeypatch):
-    monkeypatch.setattr(training, "SELF_CRITICAL_RATE", 0.001)
-    trainer = taken_up(undisturbed(epochs=8))
+    monkeypatch.setattr(training, "SELF_CRITICAL_RATE", 0.003)
+    settings = {"epochs": 8, "learning_rate": 0.005}
+    trainer = taken_up(undisturbed(**settings), **settings)
     trainer.begin_self_critical()
     rewards = []
     for step in range(30):
