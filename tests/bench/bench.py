@@ -655,6 +655,7 @@ def chart(rows: list[dict]):
     axis, colours = figure.subplots(), ["#55a868" if met(r) else "#c44e52" for r in shown]
     bars = axis.barh([r["name"] for r in shown], [r["ratio"] for r in shown], color=colours)
     axis.bar_label(bars, [f"{r['ratio']:.1f}x" for r in shown], padding=3)
+    axis.axvline(1, color="#888888", linewidth=1)  # the notebooks themselves
     axis.set(
         xscale="log",
         xlabel="times as fast as published notebooks, on this machine (red: target missed)",
