@@ -2469,14 +2469,14 @@ class Decoding(_Settings):
     never: str = ""
     max_chars: int = _between(0, 10**6, default=0)
 
-    def default_score(self, hypothesis: _Hypothesis) -> float:
+    def default_score(self, hypothesis: Hypothesis) -> float:
         """Return a caption's score at the default length_preference, as confidence looks it up."""
         power = 1.0 if self.method == "sample" else self.length_preference
         return hypothesis.score * len(hypothesis.ids) ** (power - Decoding.length_preference)
 
 
 @dataclass(frozen=True)
-class _Hypothesis:
+class Hypothesis:
     """A generated caption.
 
     ids    without <start>; <end> is the last if the caption ended
@@ -2593,7 +2593,7 @@ class _Beams:
         for name in ("photos", "ids", "scores", "ended_ids", "ended_scores"):
             setattr(self, name, getattr(self, name)[going])
 
-    def best(self, photo: int, normal: float) -> list[_Hypothesis]:
+    def best(self, photo: int, normal: float) -> list[Hypothesis]:
         """Return the ended captions of photo number `photo`; if none ended, its unfinished ones."""
         ids, scores = self.ended_ids[photo], self.ended_scores[photo]
         if scores[0] == -torch.inf:  # none has ended
@@ -2606,7 +2606,7 @@ class _Beams:
 @torch.inference_mode()
 def beam_search(
     captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
-) -> list[list[_Hypothesis]]:
+) -> list[list[Hypothesis]]:
     """Find the likeliest captions of all photos (P, R, D) at once, by beam search.
 
     captioner  has `start` and `step` as `Captioner` does
@@ -2720,15 +2720,15 @@ def _rows(ids: Tensor, places: Tensor) -> Tensor:
     return ids.gather(1, places[..., None].expand(-1, -1, ids.shape[-1]))
 
 
-def _hypothesis(ids: list[int], score: float) -> _Hypothesis:
+def _hypothesis(ids: list[int], score: float) -> Hypothesis:
     end = ids.index(PAD) if PAD in ids else len(ids)
-    return _Hypothesis(ids[1:end], score)
+    return Hypothesis(ids[1:end], score)
 
 
 @torch.inference_mode()
 def sample_captions(
     captioner, features: Tensor, decoding: Decoding | None = None, vocab: Vocab | None = None
-) -> list[list[_Hypothesis]]:
+) -> list[list[Hypothesis]]:
     """Draw N = `decoding.captions` captions per photo (P, R, D) from the captioner's probabilities.
 
     Returns what `beam_search` does, but in the order drawn; the same seed draws the same captions.
@@ -2790,7 +2790,7 @@ def generate(
     decoding: Decoding | None = None,
     vocab: Vocab | None = None,
     progress: bool = False,
-) -> list[list[_Hypothesis]]:
+) -> list[list[Hypothesis]]:
     """Generate captions of photos in batches, as `beam_search` or `sample_captions` does.
 
     features  gives (B, R, D) when indexed by an array of rows
@@ -3071,7 +3071,7 @@ class Storyteller:
         return [self._caption(*one) for one in zip(found, weights, confidence, strict=True)]
 
     def _caption(
-        self, hypotheses: list[_Hypothesis], attention: np.ndarray | None, confidence: float | None
+        self, hypotheses: list[Hypothesis], attention: np.ndarray | None, confidence: float | None
     ) -> Caption:
         words = [self.vocab.decode(h.ids) for h in hypotheses]
         alternatives = [
@@ -3204,7 +3204,7 @@ METRICS = (
     "recall",
     "F1",
 )
-_Words = list[str]
+Words = list[str]
 TURNS = 10  # captions of a photo that are scored as people's, at most, for speed
 
 
@@ -3216,7 +3216,7 @@ def _bleu(statistics: np.ndarray) -> np.ndarray:
     return brevity * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, 5))
 
 
-def _ngrams(words: _Words) -> dict[str, int]:
+def _ngrams(words: Words) -> dict[str, int]:
     """Count the 1- to 4-grams, joined by spaces: a string keeps its hash, a tuple does not.
 
     In a plain dictionary, which Python's garbage collector need not visit, unlike a Counter.
@@ -3230,7 +3230,7 @@ def _ngrams(words: _Words) -> dict[str, int]:
     return counts
 
 
-def _clips(references: list[_Words]) -> dict[str, int]:
+def _clips(references: list[Words]) -> dict[str, int]:
     """Return how often each n-gram may count: its largest count in any one reference."""
     most: dict[str, int] = {}
     for words in references:
@@ -3239,7 +3239,7 @@ def _clips(references: list[_Words]) -> dict[str, int]:
     return most
 
 
-def _bleu_row(counts: dict, most: dict, references: list[_Words]) -> list[float]:
+def _bleu_row(counts: dict, most: dict, references: list[Words]) -> list[float]:
     """Return the counts behind corpus BLEU (10), which can be summed over any set of photos.
 
     Clipped matches of 1- to 4-grams, totals of 1- to 4-grams, length, closest reference length (the
@@ -3265,7 +3265,7 @@ class CiderD:
     """
 
     def __init__(
-        self, references: list[list[_Words]], document_set: list[list[_Words]] | None = None
+        self, references: list[list[Words]], document_set: list[list[Words]] | None = None
     ):
         counts = [[_ngrams(words) for words in group] for group in references]
         documents = counts
@@ -3282,7 +3282,7 @@ class CiderD:
             for group, counted in zip(references, counts, strict=True)
         ]
 
-    def score(self, hypotheses: list[_Words], photos: Sequence[int] | None = None) -> np.ndarray:
+    def score(self, hypotheses: list[Words], photos: Sequence[int] | None = None) -> np.ndarray:
         """Score hypotheses (H,); photos (H,): which photo each is of; None: one each, in order."""
         photos = range(len(self._references)) if photos is None else photos
         if len(photos) != len(hypotheses):
@@ -3295,12 +3295,12 @@ class CiderD:
 
     def _norms(self, counts: dict[str, int]) -> tuple[float, ...]:
         """Return the squared norms of the vectors of 1-, 2-, 3- and 4-grams."""
-        norms, idf, rare = [0.0] * 4, self._idf, self._rare  # local names: half of a score's time
+        norms, idf, rare = [0.0] * 4, self._idf, self._rare
         for ngram, count in counts.items():
             norms[ngram.count(" ")] += count * count * idf.get(ngram, rare)
         return tuple(norms)
 
-    def _score(self, words: _Words, references: list[tuple]) -> float:
+    def _score(self, words: Words, references: list[tuple]) -> float:
         counts = _ngrams(words)
         norms = self._norms(counts)
         total = 0.0
@@ -3358,7 +3358,7 @@ def _meteor_lookups(wordnet) -> dict:
 
 
 def _photo_scores(
-    hypotheses: list[_Words], references: list[list[_Words]], language: str
+    hypotheses: list[Words], references: list[list[Words]], language: str
 ) -> np.ndarray:
     """Score photos one by one (N, 18): BLEU's counts, then METRICS from METEOR on.
 
@@ -3396,7 +3396,7 @@ def _photo_scores(
 
 
 def score_captions(
-    hypotheses: list[_Words], references: list[list[_Words]], seed: int = 13, language: str = "en"
+    hypotheses: list[Words], references: list[list[Words]], seed: int = 13, language: str = "en"
 ) -> dict[str, dict]:
     """Score one caption per photo by every metric.
 
@@ -3413,8 +3413,8 @@ def score_captions(
 
 
 def score_rows(
-    captions: dict[str, list[_Words]],
-    references: list[list[_Words]],
+    captions: dict[str, list[Words]],
+    references: list[list[Words]],
     best: str = "",
     seed: int = 13,
     language: str = "en",
@@ -3447,7 +3447,7 @@ def score_rows(
     return rows
 
 
-def _people(references: list[list[_Words]]) -> list[tuple[str, list[_Words], list[list[_Words]]]]:
+def _people(references: list[list[Words]]) -> list[tuple[str, list[Words], list[list[Words]]]]:
     """Return the turns of the row of people: its name, one caption a photo, and the others."""
     groups = [group for group in references if len(group) > 1]
     if not groups:
@@ -3503,7 +3503,7 @@ def _summarise(turns: list[tuple], seed: int, language: str) -> tuple[dict[str, 
     return row, resamples
 
 
-def constant_caption(train_references: list[list[_Words]], seed: int = 13) -> _Words:
+def constant_caption(train_references: list[list[Words]], seed: int = 13) -> Words:
     """Return the training caption that scores best by BLEU-4 when it is given for every photo."""
     # 2,000 photos stand for all (seconds, not minutes). Every caption of theirs is ranked by its
     # BLEU-4 against the average photo, whose count of an n-gram is the share of photos that have

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import storyteller_utils as st
-from support import FORKS, begin_stage, parameters
+from support import begin_stage, parameters
 
 pytestmark = pytest.mark.fast
 
@@ -672,28 +672,15 @@ def test_a_worker_ends_with_its_notebook(stand_in, here):
         assert worker.wait(20) == -signal.SIGTERM
 
 
-def begin_elsewhere(folder, said, **settings):
-    os.chdir(folder)
-    try:
-        begin_stage(VOCAB, **settings)
-        said.send("")
-    except st.ArtifactError as error:
-        said.send(str(error))
-
-
 def test_a_stage_runs_once_at_a_time(here, data):
     run = begin_stage(VOCAB, dataset_dir=data)
+    program = f"from support import begin_stage\nbegin_stage({VOCAB!r}, dataset_dir={data!r})"
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(st.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": places}
 
     def other():
-        ours, theirs = FORKS.Pipe(duplex=False)
-        process = FORKS.Process(
-            target=begin_elsewhere, args=(here, theirs), kwargs={"dataset_dir": data}
-        )
-        process.start()
-        theirs.close()
-        said = ours.recv()
-        process.join()
-        return said
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
 
     assert f"Another run is using outputs/{VOCAB}" in other()
     begin_stage(VOCAB, dataset_dir=data)  # the same notebook's first cell again
