@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
+import torch
 
 import storyteller_utils as st
 
@@ -82,6 +83,8 @@ def _work(run, command):
     import training
 
     if command == "extract":
-        extraction.extract_worker(run.job())
-    else:
+        return extraction.extract_worker(run.job())
+    try:
         training.Trainer(run.job()).run()
+    finally:  # training in float16 on a CPU switches oneDNN off, and no process ends here
+        torch.backends.mkldnn.set_flags(True)
