@@ -42,7 +42,7 @@ $(WORDNET):
 	@mv $@.tmp/files $@ && rm -rf $@.tmp && echo "WordNet for METEOR is in $@"
 
 $(VENV)/test: $(VENV)/run tests/requirements.txt
-	$(PIP) install -r tests/requirements.txt
+	$(PIP) install -r requirements.txt -r tests/requirements.txt
 	@touch $@
 
 # make run DATASET=folder 03_train_dual_t4="-p epochs 3": parameters for a stage stand under its name.

@@ -1205,6 +1205,7 @@ _TYPED = str.maketrans({sign: typed for typed, signs in _TYPED.items() for sign 
 HAN = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + HAN
 _APART = re.compile(f"[{UNSPACED}]|[\u2600-\u27bf\U0001f000-\U0001faff]+")  # emoji stay together
+_OPENING = re.compile(r"(?<!\w)'(?=\w)(?!(?:re|ve|ll|[dmnst])\b)")
 _ABBREVIATION = re.compile(r"(?:mrs?|ms|[djs]r|[a-z](?:\.[a-z])+)\.")
 # COCO's evaluation drops these. Its list has the brackets too, but in capitals, so they stay.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -1215,6 +1216,8 @@ def _treebank(english: bool):
     from nltk.tokenize import NLTKWordTokenizer
 
     tokenizer = NLTKWordTokenizer()
+    # Before 3.10.4, NLTK leaves an opening quote at its word.
+    tokenizer.STARTING_QUOTES = [*tokenizer.STARTING_QUOTES, (_OPENING, "' ")]
     if not english:  # Italian "gonna" is a skirt, not "going to"
         tokenizer.CONTRACTIONS2 = tokenizer.CONTRACTIONS3 = []
     return tokenizer

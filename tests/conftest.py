@@ -226,14 +226,15 @@ def listing(folder):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from local_hub import LocalHub
 
     hub = LocalHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for module in (constants, file_download):  # 0.33 keeps it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", pages, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # new in 0.34
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     yield hub

@@ -44,15 +44,17 @@ class Encoder(nn.Module):
             regions,
         )
         self.known = storyteller.known  # (64, D), None for a captioner that was not calibrated
-        self.register_buffer("mean", backbone.mean.clone())
-        self.register_buffer("deviation", backbone.deviation.clone())
+        # Not "mean": torch 2.6 gives a node that name too.
+        self.register_buffer("level_mean", backbone.mean.clone())
+        self.register_buffer("level_deviation", backbone.deviation.clone())
         with torch.no_grad():
             grid = self.network(torch.zeros(1, 3, side, side))  # (1, D, height, width)
         rows = round(regions**0.5) if regions > 1 else grid.shape[2]
         self.register_buffer("pooling", pooling_matrix(grid.shape[2], rows))
 
     def forward(self, photo: Tensor) -> tuple[Tensor, ...]:
-        grid = self.network((photo.float() - self.mean) / self.deviation)  # (1, D, n, n)
+        levels = (photo.float() - self.level_mean) / self.level_deviation  # (1, 3, side, side)
+        grid = self.network(levels)  # (1, D, n, n)
         grid = self.pooling @ grid @ self.pooling.T  # (1, D, m, m)
         features = grid.flatten(2).transpose(1, 2)  # (1, R, D)
         if self.regions == 1:
