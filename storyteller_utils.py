@@ -1216,7 +1216,7 @@ def _treebank(english: bool):
     from nltk.tokenize import NLTKWordTokenizer
 
     tokenizer = NLTKWordTokenizer()
-    # Before 3.10.4, NLTK leaves an opening quote at its word.
+    # NLTK up to 3.10.0 leaves an opening quote at its word.
     tokenizer.STARTING_QUOTES = [*tokenizer.STARTING_QUOTES, (_OPENING, "' ")]
     if not english:  # Italian "gonna" is a skirt, not "going to"
         tokenizer.CONTRACTIONS2 = tokenizer.CONTRACTIONS3 = []

@@ -234,7 +234,7 @@ def hub(monkeypatch, tmp_path):
     pages = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     for module in (constants, file_download):  # 0.33 keeps it in both
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", pages, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # new in 0.34
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # not in 0.33
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     yield hub
