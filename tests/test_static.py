@@ -118,7 +118,7 @@ def test_an_lstm_does_so_too_and_in_8_bits_its_graphs_are_half_as_large(
         equal[precision] = int(
             re.search(rf"(\d+) of {COMPARED} photos", capsys.readouterr().out)[1]
         )
-    # EfficientNet-Lite0 has 3.4 million weights in its convolutions.
+    # EfficientNet-Lite0 has 3.4 million weights in its convolutions; torch 2.6 writes 4.04 MB.
     assert sizes["int8"] < 4_100_000 < 6_000_000 < sizes["float16"] < 8_000_000
     # Scores differ in the third digit, which says nothing about the captions.
     assert equal["float16"] == COMPARED and equal["int8"] >= 5

@@ -694,14 +694,7 @@ def test_less_memory_a_step_or_another_gpu_does_not_make_it_another_run_but_othe
         assert ("is of a run with other settings" in capsys.readouterr().err) != used
 
 
-@pytest.fixture
-def onednn():
-    """oneDNN, which training in float16 switches off on a CPU, is on again afterwards."""
-    yield
-    torch.backends.mkldnn.set_flags(True)
-
-
-def test_a_run_in_float32_goes_on_in_float16_where_the_hardware_says_so(monkeypatch, onednn):
+def test_a_run_in_float32_goes_on_in_float16_where_the_hardware_says_so(monkeypatch):
     trained(begin(epochs=2, max_hours=1e-6))
     monkeypatch.setattr(st, "choose_precision", lambda *_: (torch.float16, "float16"))
     trainer = training.Trainer(begin(epochs=2).job())
@@ -709,7 +702,7 @@ def test_a_run_in_float32_goes_on_in_float16_where_the_hardware_says_so(monkeypa
     assert trainer.progress.step == 1 and trainer.progress.scaler.get_scale() == 2**16
 
 
-def test_float16_with_its_scaler_trains_what_float32_does_on_a_cpu_too(onednn):
+def test_float16_with_its_scaler_trains_what_float32_does_on_a_cpu_too():
     exact = undisturbed(epochs=1)["history"]
     half = trained(begin(epochs=1, precision="float16")).progress
     assert half.scaler.is_enabled()
@@ -719,7 +712,7 @@ def test_float16_with_its_scaler_trains_what_float32_does_on_a_cpu_too(onednn):
         assert line["val_cider"] == pytest.approx(other["val_cider"], abs=0.05)
 
 
-def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_averages(monkeypatch, onednn):
+def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_averages(monkeypatch):
     monkeypatch.setitem(st.RECIPES["original"], "ema_decay", 0.9)
     trainer = training.Trainer(begin(precision="float16").job())
     at = trainer.progress
